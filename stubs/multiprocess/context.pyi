@@ -1,1 +1,4 @@
 from multiprocessing.context import *
+from multiprocessing.context import BaseContext as BaseContext
+from multiprocessing.context import ForkContext as ForkContext
+from multiprocessing.context import ForkProcess as ForkProcess
