@@ -1,0 +1,392 @@
+"""The child's end of the tree: from the fork to the target, and what the target sees.
+
+Strategy: the first lines after the fork decide whether an orphan can be left, so they come in
+this order: death signal, is the parent still the one that forked us, own session, default
+signals, title, close what is not ours.  After that nothing here ever blocks: beats and
+requests that do not fit are counters and can be sent again.
+
+Every beat is sent from `Child.turn`, which the working loop calls: a loop that hangs is
+silent, whatever its threads do.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import logging
+import os
+import pickle
+import select
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from pkvpn.watchdog import lifeline
+from pkvpn.watchdog.lifeline import Kind, Order
+from pkvpn.watchdog.logchild import LogPipe
+from pkvpn.watchdog.titles import set_title
+
+_log = logging.getLogger(__name__)
+
+# A child whose parent is gone ends with this; nobody is left to read it but a test.
+EXIT_ORPHAN = 79
+
+# On the gift socket, one message each: 1 byte what, then the key.
+#   up    G give (one descriptor goes with it), D drop       down  R refused: key, NUL, why
+GIVE, DROP, REFUSED = b"G", b"D", b"R"
+MAX_KEY = 64
+
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass
+class Birth:
+    """What a child is born with.  Descriptors are numbers, valid in the child."""
+
+    name: str
+    incarnation: int
+    title: str
+    comm: str
+    watchdog_pid: int
+    beat_interval: float
+    target: Callable[..., None]
+    settings: Any
+    duties: tuple[str, ...]
+    oom_score_adj: int
+    up: int  # lifeline, write end
+    down: int  # lifeline, read end
+    gifts: int  # SEQPACKET
+    stacks: int  # memfd; outlives the process
+    log: int  # SEQPACKET, shared by the tree
+    lock: int  # the instance lock: open as long as any process of the tree lives
+    held: dict[str, list[int]] = field(default_factory=dict)
+    given: dict[bytes, int] = field(default_factory=dict)
+
+    def descriptors(self) -> set[int]:
+        """All that the child keeps."""
+        own = {self.up, self.down, self.gifts, self.stacks, self.log, self.lock}
+        return own.union(*self.held.values(), self.given.values())
+
+
+class Duty:
+    """One thing a child is there for.  ``done`` counts up; ``waiting_since``: monotonic
+    seconds since when something waits to be done, 0.0 if nothing does."""
+
+    __slots__ = ("done", "waiting_since")
+
+    def __init__(self) -> None:
+        self.done = 0
+        self.waiting_since = 0.0
+
+
+class Child:
+    """What a target holds of the tree it lives in."""
+
+    def __init__(self, birth: Birth) -> None:
+        self.name = birth.name
+        self.incarnation = birth.incarnation
+        self.stopping = False
+        self._birth = birth
+        self._gifts = socket.socket(fileno=birth.gifts)
+        self._orders = lifeline.OrderDecoder()
+        self._duties = {name: Duty() for name in birth.duties}
+        self._refusals: list[tuple[bytes, str]] = []
+        self._seq = 0
+        self._lag = 0.0
+        self._next_beat = time.monotonic()
+        self._asked = False  # somebody sent us TERM
+        self._dumped = False  # somebody sent us QUIT
+        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._epoll = select.epoll()
+        for fd in (birth.down, birth.gifts, self._wake_read):
+            self._epoll.register(fd, select.EPOLLIN)
+        self._take_signals()
+
+    # -- what the watchdog holds for us
+
+    def held(self, name: str) -> list[int]:
+        """The descriptors held under ``name``, the same in every incarnation.
+
+        Raises `KeyError` if the child's spec does not name it.
+        """
+        return self._birth.held[name]
+
+    def given(self) -> dict[bytes, int]:
+        """What predecessors gave and did not drop: key -> descriptor."""
+        return self._birth.given
+
+    def give(self, key: bytes, fd: int) -> bool:
+        """Have the watchdog keep a duplicate of ``fd`` under ``key`` for our successor.
+
+        False: not now, the way is full; try again later.  A refusal comes with `refusals`.
+        """
+        if not 1 <= len(key) <= MAX_KEY:
+            raise ValueError(f"a key is 1 to {MAX_KEY} bytes, this has {len(key)}")
+        return self._send_gift(GIVE + key, [fd])
+
+    def drop(self, key: bytes) -> bool:
+        """Have the watchdog close its duplicate.  False: not now; try again later."""
+        return self._send_gift(DROP + key, [])
+
+    def take(self, key: bytes) -> int | None:
+        """Take back what a predecessor gave: it is ours alone from now on.
+
+        None: not now; try again later.  Raises `KeyError` if nothing was given under ``key``.
+        """
+        fd = self._birth.given[key]
+        if not self.drop(key):
+            return None
+        del self._birth.given[key]
+        return fd
+
+    def refusals(self) -> list[tuple[bytes, str]]:
+        """What was given and is not kept, since the last call: (key, why)."""
+        refusals, self._refusals = self._refusals, []
+        return refusals
+
+    # -- what the loop calls
+
+    def fileno(self) -> int:
+        """Readable when `receive` has something to do.  May be nested in an epoll."""
+        return self._epoll.fileno()
+
+    def receive(self) -> list[str]:
+        """Return what was ordered since the last call ("stop", "reload"); never blocks."""
+        self._read_quietly(self._wake_read)
+        self._read_refusals()
+        data = self._read_quietly(self._birth.down)
+        if data == b"":  # end of file: nobody is left above us
+            os._exit(EXIT_ORPHAN)
+        orders = self._orders.feed(data or b"")
+        if Order.STOP in orders:
+            self.stopping = True
+        return [order.name.lower() for order in orders]
+
+    def turn(self, now: float) -> float:
+        """To be called once in each turn of the loop; sends a beat when one is due.
+
+        Returns the seconds after which it wants to be called again.
+        """
+        self._lag = max(self._lag, now - self._next_beat)
+        if now >= self._next_beat:
+            self._seq += 1
+            duties = [(duty.done, duty.waiting_since) for duty in self._duties.values()]
+            self._say(lifeline.encode_beat(self._seq, self._lag, duties))
+            if self._asked and not self.stopping:  # again with each beat, until it is heard
+                self._say(lifeline.encode_said(Kind.ASKED, self._seq))
+            self._lag = 0.0
+            self._next_beat = now + self._birth.beat_interval
+        if self._dumped:
+            self._dumped = not self._say(lifeline.encode_said(Kind.DUMPED, self._seq))
+        return max(0.0, self._next_beat - now)
+
+    def wait(self, timeout: float | None = None) -> list[str]:
+        """A whole turn for a loop that has nothing else to wait for: beat, wait, receive."""
+        until_beat = self.turn(time.monotonic())
+        self._epoll.poll(until_beat if timeout is None else min(timeout, until_beat))
+        return self.receive()
+
+    def duty(self, name: str) -> Duty:
+        """The counters of one duty that the spec names."""
+        return self._duties[name]
+
+    def ready(self) -> None:
+        """Say that we serve.  To be called once, when the first request could be answered."""
+        self._must_say(Kind.READY)
+        self._next_beat = time.monotonic()  # the first beat comes with it
+
+    def say(self, text: str) -> None:
+        """Progress of the start, or why it fails; `start` shows the last one."""
+        self._must_say(Kind.SAY, text)
+
+    # -- inside
+
+    def _take_signals(self) -> None:
+        """TERM and INT ask for the end of the service, QUIT for our stacks, HUP is nobody's."""
+        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_term)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(signal.SIGQUIT, self._on_quit)
+        # Written by C code from within the signal handler, so also while other C code keeps
+        # the GIL; what we set just above runs after it, when Python gets its turn.
+        faulthandler.register(signal.SIGQUIT, self._birth.stacks, all_threads=True, chain=True)
+
+    def _on_term(self, _number: int, _frame: object) -> None:
+        self._asked = True
+        self._next_beat = 0.0
+
+    def _on_quit(self, _number: int, _frame: object) -> None:
+        self._dumped = True
+
+    def _say(self, frame: bytes) -> bool:
+        try:
+            return os.write(self._birth.up, frame) == len(frame)
+        except BlockingIOError:
+            return False  # the watchdog is stopped or busy; the next beat says it all
+        except BrokenPipeError:
+            os._exit(EXIT_ORPHAN)
+
+    def _must_say(self, kind: Kind, text: str = "") -> None:
+        """Said once in a life, while the pipe has room for hundreds: a second try is enough."""
+        frame = lifeline.encode_said(kind, self._seq, text)
+        if not self._say(frame):
+            select.select([], [self._birth.up], [], 1.0)
+            self._say(frame)
+
+    def _send_gift(self, message: bytes, fds: list[int]) -> bool:
+        try:
+            if fds:
+                socket.send_fds(self._gifts, [message], fds)
+            else:
+                self._gifts.send(message)
+        except (BlockingIOError, TimeoutError):
+            return False
+        except OSError as error:
+            # ETOOMANYREFS: too many descriptors in flight; ENOBUFS, EPIPE: not now either.
+            _log.debug("a gift was not sent: %s", error)
+            return False
+        return True
+
+    def _read_refusals(self) -> None:
+        while True:
+            try:
+                message = self._gifts.recv(1024)
+            except BlockingIOError:
+                return
+            except OSError:
+                return
+            if not message:
+                return
+            if message[:1] == REFUSED:
+                key, _, why = message[1:].rpartition(b"\0")
+                self._refusals.append((key, why.decode(errors="replace")))
+
+    @staticmethod
+    def _read_quietly(fd: int) -> bytes | None:
+        """What can be read now; None if there is nothing, b"" at end of file."""
+        try:
+            return os.read(fd, 4096)
+        except BlockingIOError:
+            return None
+
+
+# --- from the fork to the target ----------------------------------------------------------
+
+
+def set_death_signal(watchdog_pid: int) -> None:
+    """Be killed when the watchdog ends.  To be called again after a change of credentials.
+
+    The comparison closes the window in which the watchdog died before the call: it is not
+    retroactive.  Against the pid of before the fork, not against 1: there are subreapers.
+    """
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != watchdog_pid:
+        os._exit(EXIT_ORPHAN)
+
+
+def run_child(birth: Birth) -> NoReturn:
+    """Be the child ``birth`` describes.  Called in the new process; never returns."""
+    set_death_signal(birth.watchdog_pid)
+    os.setsid()
+    _reset_signals()
+    set_title(f"{birth.title}: {birth.name}", birth.comm)
+    close_all_but(birth.descriptors())
+    _set_oom_score(birth.oom_score_adj)
+    faulthandler.enable(birth.stacks, all_threads=True)
+    _route_logging(birth)
+    child = Child(birth)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    code = 1
+    try:
+        if birth.settings is None:
+            birth.target(child)
+        else:
+            birth.target(child, birth.settings)
+        code = 0
+    except SystemExit as end:
+        code = _exit_code(child, end)
+    except BaseException as error:  # noqa: BLE001 - whatever it was, the report names it
+        os.write(birth.stacks, traceback.format_exc().encode())
+        _log.critical("%s ends: %s", birth.name, error, exc_info=True)
+        child.say(f"{type(error).__name__}: {error}")
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except (OSError, ValueError, AttributeError):
+                pass
+        os._exit(code)
+
+
+def exec_child(birth: Birth) -> NoReturn:
+    """Be the child ``birth`` describes, in a new image: a wild crash may have been a probe
+    for our address layout, and a fork would keep it."""
+    set_death_signal(birth.watchdog_pid)
+    table = os.memfd_create("birth", os.MFD_CLOEXEC)
+    os.write(table, pickle.dumps(birth))
+    os.lseek(table, 0, os.SEEK_SET)
+    for fd in {table, *birth.descriptors()}:
+        os.set_inheritable(fd, True)
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    program = f"from pkvpn.watchdog.child import resume; resume({table})"
+    os.execv(sys.executable, [sys.executable, "-c", program])
+
+
+def resume(table: int) -> NoReturn:
+    """First line of the image that `exec_child` started; ``table`` comes from our own parent."""
+    with open(table, "rb") as file:
+        birth = pickle.load(file)  # noqa: S301 - written by exec_child, in this very process
+    for fd in birth.descriptors():
+        os.set_inheritable(fd, False)
+    run_child(birth)
+
+
+def _exit_code(child: Child, end: SystemExit) -> int:
+    if end.code is None or isinstance(end.code, int):
+        return end.code or 0
+    child.say(str(end.code))
+    _log.error("%s ends: %s", child.name, end.code)
+    return 1
+
+
+def _reset_signals() -> None:
+    """Nothing of the watchdog's handlers, nor of what its starter had ignored."""
+    signal.set_wakeup_fd(-1)
+    for number in signal.valid_signals():
+        if number not in (signal.SIGKILL, signal.SIGSTOP):
+            try:
+                signal.signal(number, signal.SIG_DFL)
+            except (OSError, ValueError):
+                pass  # two real-time signals belong to the C library
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def close_all_but(keep: set[int]) -> None:
+    """Close every descriptor above 2 that is not in ``keep``, in as few calls as it takes."""
+    low = 3
+    for fd in sorted(keep):
+        if fd > low:
+            os.closerange(low, fd)
+        low = max(low, fd + 1)
+    os.closerange(low, os.sysconf("SC_OPEN_MAX"))
+
+
+def _set_oom_score(value: int) -> None:
+    try:
+        with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
+            file.write(str(value))
+    except OSError:
+        pass  # lowering it takes a right that User Mode does not have
+
+
+def _route_logging(birth: Birth) -> None:
+    root = logging.getLogger()
+    root.handlers[:] = [LogPipe(birth.log, birth.name).handler()]

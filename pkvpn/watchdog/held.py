@@ -1,0 +1,128 @@
+"""Descriptors that outlive a child: opened once by the watchdog, or given by a child.
+
+Strategy: the watchdog never looks into what it holds; it keeps a number open and hands it to
+each incarnation.  What children give lies far above everything else, so that the children it
+does not belong to close it with one call, however much it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+from collections.abc import Iterable
+
+from pkvpn.watchdog.child import DROP, GIVE, MAX_KEY, REFUSED
+from pkvpn.watchdog.spec import HeldSpec
+
+# Descriptors given by children start here; below are the watchdog's own.
+GIVEN_FLOOR = 512
+
+
+class HeldDescriptors:
+    """What the openers of the tree's spec returned, by name."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, tuple[HeldSpec, list[int]]] = {}
+
+    def open(self, spec: HeldSpec) -> bool:
+        """Open ``spec`` unless it is open with the same key; True if anything was opened.
+
+        What was open under the name is closed after the new one is there.
+        Raises what the opener raises; then the old one stays.
+        """
+        before = self._open.get(spec.name)
+        if before is not None and before[0] == spec:
+            return False
+        descriptors = spec.open()
+        for fd in descriptors:
+            os.set_inheritable(fd, False)
+        self._open[spec.name] = (spec, descriptors)
+        if before is not None:
+            _close(before[1])
+        return True
+
+    def adopt(self, spec: HeldSpec, descriptors: list[int]) -> None:
+        """Go on holding what the image before an upgrade held."""
+        self._open[spec.name] = (spec, descriptors)
+
+    def keep_only(self, names: set[str]) -> None:
+        """Close what a reload no longer names."""
+        for name in set(self._open) - names:
+            _close(self._open.pop(name)[1])
+
+    def descriptors(self, name: str) -> list[int]:
+        return self._open[name][1]
+
+    def counts(self) -> dict[str, int]:
+        return {name: len(descriptors) for name, (_, descriptors) in self._open.items()}
+
+    def close(self) -> None:
+        self.keep_only(set())
+
+
+class Kept:
+    """What the incarnations of one child gave and have not dropped, at most ``limit``."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.refused = 0
+        self.descriptors: dict[bytes, int] = {}
+
+    def drain(self, gifts: socket.socket) -> None:
+        """Take all that lies in the child's gift socket now.
+
+        To be called whenever it is readable, and once more after the child's death: what it
+        had sent belongs to its successor.
+        """
+        while True:
+            try:
+                message, fds, flags, _ = socket.recv_fds(gifts, MAX_KEY + 1, 4)
+            except BlockingIOError:
+                return
+            except OSError:
+                return  # the other end is gone, and all it sent has been read
+            if not message and not fds:
+                return
+            why = self._take(message, fds, truncated=bool(flags & socket.MSG_CTRUNC))
+            if why:
+                self.refused += 1
+                _close(fds)
+                with contextlib.suppress(OSError):
+                    gifts.send(REFUSED + message[1:] + b"\0" + why.encode())
+
+    def _take(self, message: bytes, fds: list[int], *, truncated: bool) -> str:
+        """Return why not, or nothing."""
+        what, key = message[:1], message[1:]
+        if what == DROP and not fds:
+            fd = self.descriptors.pop(key, None)
+            if fd is not None:
+                os.close(fd)
+            return ""
+        if what != GIVE or not key:
+            return "not a message that gives or drops"
+        if truncated or len(fds) != 1:
+            return "exactly one descriptor goes with a message"
+        if len(self.descriptors) >= self.limit and key not in self.descriptors:
+            return f"at most {self.limit} are kept"
+        try:
+            high = fcntl.fcntl(fds[0], fcntl.F_DUPFD_CLOEXEC, GIVEN_FLOOR)
+        except OSError as error:
+            return f"cannot be kept: {error.strerror}"
+        os.close(fds[0])
+        before = self.descriptors.pop(key, None)
+        if before is not None:
+            os.close(before)
+        self.descriptors[key] = high
+        return ""
+
+    def close(self) -> None:
+        _close(self.descriptors.values())
+        self.descriptors.clear()
+
+
+def _close(descriptors: Iterable[int]) -> None:
+    for fd in descriptors:
+        with contextlib.suppress(OSError):
+            os.close(fd)

@@ -1,0 +1,108 @@
+"""What a daemon author writes down: the children of a tree, and what is held for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+from pkvpn.watchdog.lifeline import MAX_DUTIES
+from pkvpn.watchdog.policy import RestartPolicy
+
+if TYPE_CHECKING:
+    from pkvpn.watchdog.child import Child
+
+# The child that the framework itself adds: it alone writes to disk.
+LOG_CHILD = "log"
+
+
+class Restart(Enum):
+    """Which ends of a child are followed by a new one."""
+
+    PERMANENT = "permanent"  # every end that nobody asked for
+    TRANSIENT = "transient"  # crashes; not an exit with 0
+    TEMPORARY = "temporary"  # none
+
+
+@dataclass(frozen=True)
+class ChildSpec:
+    """One child.  Times in seconds.
+
+    ``target(child, settings)`` runs in the child and returns when ``child.stopping``; without
+    settings it is called ``target(child)``.  Two specs that are equal are the same child: a
+    reload replaces a child whose spec has changed.
+    """
+
+    name: str
+    target: Callable[..., None]
+    settings: Any = None
+    restart: Restart = Restart.PERMANENT
+    start_timeout: float = 10.0
+    hang_timeout: float = 1.0
+    stop_timeout: float = 5.0
+    stopped_timeout: float = 10.0
+    deaf_timeout: float = 5.0
+    policy: RestartPolicy = field(default_factory=RestartPolicy)
+    held: tuple[str, ...] = ()
+    duties: tuple[str, ...] = ()
+    keep_limit: int = 0  # how many descriptors it may give to be kept for its successors
+    oom_score_adj: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.name or not self.name.replace("-", "").isalnum():
+            raise ValueError(f"child {self.name!r}: a name is letters, digits and '-'")
+        if len(self.duties) > MAX_DUTIES:
+            raise ValueError(f"child {self.name}: {len(self.duties)} duties, a beat carries {MAX_DUTIES}")
+        for what in ("start_timeout", "hang_timeout", "stop_timeout", "stopped_timeout", "deaf_timeout"):
+            if getattr(self, what) <= 0:
+                raise ValueError(f"child {self.name}: {what} must be above 0")
+
+
+@dataclass(frozen=True)
+class HeldSpec:
+    """Something that outlives every child: ``open()`` returns its descriptors, once.
+
+    ``key`` says what it is, in values that can be compared: a reload opens it anew (and
+    replaces the children that name it) only if its key has changed.
+    """
+
+    name: str
+    open: Callable[[], list[int]] = field(compare=False)
+    key: Any = None
+
+
+@dataclass(frozen=True)
+class TreeSpec:
+    """A supervised tree.  Children start in this order and stop in the reverse one.
+
+    ``title`` is the watchdog's command line and the first part of each child's; ``comm`` is
+    what ``killall`` and ``pidof`` find all of them by.
+    """
+
+    name: str
+    children: tuple[ChildSpec, ...]
+    runtime_dir: str  # lock, pid file, control socket
+    state_dir: str  # journal, crash reports, log
+    held: tuple[HeldSpec, ...] = ()
+    title: str = ""
+    comm: str = ""
+    beat_interval: float = 0.2
+    nice: int = 0
+    log: Any = None  # settings of the log child (logchild.LogSettings); None: its defaults
+
+    def __post_init__(self) -> None:
+        names = [child.name for child in self.children]
+        for name in names:
+            if name == LOG_CHILD or names.count(name) > 1:
+                raise ValueError(f"tree {self.name}: the child name {name!r} is taken")
+        held = [one.name for one in self.held]
+        for child in self.children:
+            for name in child.held:
+                if name not in held:
+                    raise ValueError(f"child {child.name}: nothing held is named {name!r}")
+            if child.hang_timeout < 3 * self.beat_interval:
+                raise ValueError(
+                    f"child {child.name}: hang_timeout {child.hang_timeout} s is shorter than "
+                    f"three beats of {self.beat_interval} s"
+                )
