@@ -1,0 +1,1 @@
+"""The control plane: accounts, logins, sessions, hubs, bridges."""
