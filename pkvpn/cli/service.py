@@ -1,0 +1,378 @@
+"""`start`, `stop`, `restart`, `reload`, `upgrade` and `execsvc`.
+
+Strategy: whether the service runs is asked of the instance lock and of nothing else; the pid file
+only says whom to wait for.  Each wait has a limit, and what it waited for is named when the limit
+is reached.  A stop is over when the last process has let go of the lock.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from pkvpn.cli import FAILED, NO_PRIVILEGE, NOT_RUNNING, OK, Command, Refusal, complain
+from pkvpn.cli.runtime import open_watchdog
+from pkvpn.config import Settings, check_runtime_dir, load
+from pkvpn.watchdog.control import ControlError, ask
+from pkvpn.watchdog.instance import holders, lock_is_held
+
+STARTED = "PacketiX VPN Server Service Started."
+STOPPED = "PacketiX VPN Server Service Stopped."
+
+# What the watchdog promises is 0.1 s; an overloaded machine gets some more.
+ANSWER_TIMEOUT = 2.0
+
+# How often a condition is looked at that nobody announces: the lock, and the state of another's
+# start or stop.  A lock look-up costs 20 us.
+_LOOK_EVERY = 0.01
+
+
+# --- start ---------------------------------------------------------------------------------------
+
+
+def _start_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--foreground",
+        action="store_true",
+        help="stay in this terminal and log to it; ^C stops the service",
+    )
+
+
+def _start(args: argparse.Namespace) -> int:
+    settings = load(args.config)
+    check_runtime_dir(settings)
+    running = _wait_while_it_changes(settings)
+    if running is not None:
+        return _already(running)
+    if args.foreground:
+        from pkvpn.app import execsvc
+
+        return execsvc(settings, ready_fd=None, foreground=True, check=False)
+    answer = _launch(settings)
+    if "already" in answer:
+        return _already(int(answer["already"]))
+    if "error" in answer:
+        complain(f"the service did not start: {answer['error']}")
+        return int(answer.get("code", FAILED))
+    for listener in answer.get("listeners", ()):
+        if listener["state"] == "refused":
+            complain(f"{_address(listener)} is refused: {listener['error']}")
+    _explain_lingering(settings)
+    print(STARTED)
+    return OK
+
+
+def _already(pid: int) -> int:
+    print(f"The service is already running (pid {pid}).")
+    return OK
+
+
+def _address(listener: dict[str, Any]) -> str:
+    from pkvpn.config import Address
+
+    return str(Address(listener["address"], listener["port"]))
+
+
+def _wait_while_it_changes(settings: Settings) -> int | None:
+    """Let a stop end and another's start get ready; return the pid of a service that runs then.
+
+    None says that a service is to be launched: it decides by the lock what is really there.
+    """
+    deadline = time.monotonic() + _stop_budget(settings)
+    while lock_is_held(settings.lock_file):
+        try:
+            status = ask(str(settings.control_socket), "status", timeout=ANSWER_TIMEOUT)
+        except (OSError, ControlError):
+            # No watchdog that answers: a service that is only beginning or ending, or leftovers
+            # that the next one sweeps.  execsvc finds out which.
+            return None
+        if status["state"] not in ("starting", "stopping"):
+            return int(status["watchdog"]["pid"])
+        if time.monotonic() > deadline:
+            raise Refusal(
+                f"a service (pid {status['watchdog']['pid']}) has been {status['state']} for "
+                f"{_stop_budget(settings):g} s; look at `status`, end it with `kill`"
+            )
+        time.sleep(_LOOK_EVERY)
+    return None
+
+
+def _launch(settings: Settings) -> dict[str, Any]:
+    """Start execsvc away from this terminal and return its last word."""
+    answers, word = os.pipe()
+    try:
+        _spawn_detached(_execsvc_command(settings, word), keep=word)
+    finally:
+        os.close(word)
+    try:
+        return _last_word(settings, answers)
+    finally:
+        os.close(answers)
+
+
+def _execsvc_command(settings: Settings, ready_fd: int) -> list[str]:
+    config = ["--config", str(settings.source)] if settings.source else []
+    return [sys.executable, "-m", "pkvpn", *config, "execsvc", "--ready-fd", str(ready_fd)]
+
+
+def _spawn_detached(command: list[str], *, keep: int) -> None:
+    """Run a command in a session of its own, without a terminal and without this parent.
+
+    The second fork makes it a child of init and not the leader of its session, so it can never
+    get a terminal again.
+    """
+    between = os.fork()
+    if between:
+        _, status = os.waitpid(between, 0)
+        if status:
+            raise Refusal("the service did not start: no second process could be made")
+        return
+    code = 1
+    try:
+        os.setsid()
+        if os.fork():
+            code = 0
+        else:
+            nothing = os.open(os.devnull, os.O_RDWR)
+            for number in range(3):
+                os.dup2(nothing, number)
+            os.set_inheritable(keep, True)
+            os.execv(command[0], command)
+    finally:
+        # Also after an exception: this copy must never return into the caller's code.
+        os._exit(code)
+
+
+def _last_word(settings: Settings, answers: int) -> dict[str, Any]:
+    """Read progress until the service is ready or says why not; each line is a JSON object.
+
+    The time-out counts from the last news, so that slow steps add up and silence does not.
+    """
+    patience = settings.watchdog.start_timeout + 5.0
+    deadline = time.monotonic() + patience
+    progress, waiting = "nothing yet", b""
+    while True:
+        left = deadline - time.monotonic()
+        if left <= 0 or not select.select([answers], [], [], left)[0]:
+            raise Refusal(
+                f"the service is not ready after {patience:g} s; the last it said: {progress}. "
+                f"It goes on trying: look at `status` and at {settings.service.log_file}"
+            )
+        data = os.read(answers, 65536)
+        if not data:
+            raise Refusal(
+                f"the service ended while it started; the last it said: {progress}. "
+                f"Look at {settings.service.log_file}"
+            )
+        *lines, waiting = (waiting + data).split(b"\n")
+        for line in lines:
+            answer: dict[str, Any] = json.loads(line)
+            if "progress" not in answer:
+                return answer
+            progress = answer["progress"]
+            deadline = time.monotonic() + patience
+
+
+def _explain_lingering(settings: Settings) -> None:
+    """Say so where logind would end the service together with the login."""
+    if settings.mode != "user" or "XDG_SESSION_ID" not in os.environ:
+        return
+    from pathlib import Path
+
+    root = Path("/etc/systemd")
+    kills = False
+    for file in (root / "logind.conf", *sorted(root.glob("logind.conf.d/*.conf"))):
+        with contextlib.suppress(OSError):
+            for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+                key, _, value = line.partition("=")
+                if key.strip() == "KillUserProcesses":
+                    kills = value.strip().lower() in ("1", "yes", "true", "on")
+    user = os.environ.get("USER", "")
+    if kills and not Path("/var/lib/systemd/linger", user or "-").exists():
+        complain(
+            "logind ends your processes when you log out (KillUserProcesses=yes); "
+            "`loginctl enable-linger` lets the service go on"
+        )
+
+
+# --- stop ----------------------------------------------------------------------------------------
+
+
+def _no_arguments(_parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+def _stop(args: argparse.Namespace) -> int:
+    settings = load(args.config)
+    check_runtime_dir(settings)
+    if not lock_is_held(settings.lock_file):
+        print("The service is not running.")
+        return OK
+    _stop_and_wait(settings)
+    print(STOPPED)
+    return OK
+
+
+def _stop_and_wait(settings: Settings) -> None:
+    """End the service; return when the lock is free, raise Refusal naming what is left."""
+    deadline = time.monotonic() + _stop_budget(settings)
+    watchdog = _ask_to_stop(settings)
+    if watchdog is not None:
+        try:
+            waiter = select.poll()
+            waiter.register(watchdog, select.POLLIN)
+            waiter.poll(max(0.0, deadline - time.monotonic()) * 1000)
+        finally:
+            os.close(watchdog)
+    if not _wait_until(lambda: not lock_is_held(settings.lock_file), deadline):
+        raise Refusal(
+            f"the service has not ended within {_stop_budget(settings):g} s; still there: "
+            f"{_pids(holders(settings.lock_file))}; `kill` ends it by force"
+        )
+
+
+def _ask_to_stop(settings: Settings) -> int | None:
+    """Ask over the control socket, or else with a signal; return the watchdog's pidfd if it lives.
+
+    A service in its first milliseconds has neither socket nor pid file yet, and gets a second.
+    """
+    deadline = time.monotonic() + 1.0
+    while True:
+        watchdog = open_watchdog(settings.pid_file)
+        try:
+            ask(str(settings.control_socket), "stop", timeout=ANSWER_TIMEOUT)
+        except ControlError as error:
+            raise Refusal(f"the watchdog refuses to stop: {error}") from None
+        except OSError as error:
+            if watchdog is not None:
+                _terminate(watchdog)
+            elif not lock_is_held(settings.lock_file):
+                pass  # it has ended by itself
+            elif time.monotonic() > deadline:
+                raise Refusal(
+                    f"no watchdog answers ({error}), but the lock is held by "
+                    f"{_pids(holders(settings.lock_file))}; `kill` ends what is left"
+                ) from None
+            else:
+                time.sleep(_LOOK_EVERY)
+                continue
+        return watchdog
+
+
+def _terminate(watchdog: int) -> None:
+    """Send the signal that asks for the same as `stop`."""
+    try:
+        signal.pidfd_send_signal(watchdog, signal.SIGTERM)
+    except ProcessLookupError:
+        pass
+    except PermissionError:
+        raise Refusal("the service belongs to another user", NO_PRIVILEGE) from None
+
+
+def _stop_budget(settings: Settings) -> float:
+    """Return the seconds in which every stop ends.
+
+    One child after the other may use all of its time, then be killed; the rest is for the
+    machine.
+    """
+    children = 3 + settings.edge_processes(os.cpu_count() or 1)
+    return children * (settings.watchdog.stop_timeout + 1.0) + 5.0
+
+
+def _wait_until(condition: Callable[[], bool], deadline: float) -> bool:
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_LOOK_EVERY)
+    return True
+
+
+def _pids(pids: list[int]) -> str:
+    return "pid " + ", ".join(map(str, pids)) if pids else "a process that cannot be seen"
+
+
+def _restart(args: argparse.Namespace) -> int:
+    settings = load(args.config)
+    check_runtime_dir(settings)
+    if lock_is_held(settings.lock_file):
+        _stop_and_wait(settings)
+        print(STOPPED, flush=True)
+    return _start(argparse.Namespace(config=args.config, foreground=False))
+
+
+# --- reload, upgrade -----------------------------------------------------------------------------
+
+
+class _Request(NamedTuple):
+    done: str
+    # An upgrade first tries the new program.
+    timeout: float
+
+
+_REQUESTS = {
+    "reload": _Request("The configuration has been read again.", 30.0),
+    "upgrade": _Request("The service goes on with the installed program.", 60.0),
+}
+
+
+def _request(args: argparse.Namespace) -> int:
+    settings = load(args.config)  # a file that is wrong is refused here, and names its errors
+    check_runtime_dir(settings)
+    verb: str = args.verb
+    if not lock_is_held(settings.lock_file):
+        raise Refusal("the service is not running", NOT_RUNNING)
+    request = _REQUESTS[verb]
+    try:
+        result = ask(str(settings.control_socket), verb, timeout=request.timeout)
+    except ControlError as error:
+        raise Refusal(f"{verb}: {error}") from None
+    except OSError as error:
+        raise Refusal(f"{verb}: the watchdog does not answer: {error}") from None
+    print(result if isinstance(result, str) else request.done)
+    return OK
+
+
+# --- execsvc -------------------------------------------------------------------------------------
+
+
+def _execsvc_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="only see whether this program would start: exit code 0, or the reason",
+    )
+    # Where `start` waits for our word.
+    parser.add_argument("--ready-fd", type=int, metavar="N", help=argparse.SUPPRESS)
+
+
+def _execsvc(args: argparse.Namespace) -> int:
+    from pkvpn.config import ConfigError
+
+    try:
+        settings = load(args.config)
+    except ConfigError as error:
+        # Between `start` and us the file may have changed.
+        if args.ready_fd is not None:
+            word = json.dumps({"error": str(error), "code": 6}) + "\n"
+            with contextlib.suppress(OSError):
+                os.write(args.ready_fd, word.encode())
+        raise
+    from pkvpn.app import execsvc
+
+    return execsvc(settings, ready_fd=args.ready_fd, foreground=False, check=args.check)
+
+
+COMMANDS = {
+    "start": Command(_start_arguments, _start),
+    "stop": Command(_no_arguments, _stop),
+    "restart": Command(_no_arguments, _restart),
+    "reload": Command(_no_arguments, _request),
+    "upgrade": Command(_no_arguments, _request),
+    "execsvc": Command(_execsvc_arguments, _execsvc),
+}
