@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 from pkvpn.cli import OK, Command, Refusal
+from pkvpn.cli.text import table
 from pkvpn.config import load
 
 
@@ -39,31 +40,54 @@ def _events(args: argparse.Namespace) -> int:
 
 def _crashes_arguments(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(dest="what", required=True, metavar="list|show")
-    listing = verbs.add_parser("list", help="one line for each report, the newest last")
+    listing = verbs.add_parser("list", help="one line for each report, the newest first")
     listing.add_argument("--json", action="store_true", help="a JSON array")
     showing = verbs.add_parser("show", help="one whole report")
-    showing.add_argument("id", metavar="ID", help="as `crashes list` names it")
+    showing.add_argument(
+        "id", metavar="ID", help="as `crashes list` names it, or its beginning, or `last`"
+    )
     showing.add_argument("--json", action="store_true", help="the report as it was stored")
 
 
 def _crashes(args: argparse.Namespace) -> int:
+    from pkvpn.watchdog.report import ReportError
+
+    try:
+        return _list_or_show(args, str(load(args.config).crashes_dir))
+    except ReportError as error:
+        raise Refusal(str(error)) from None
+
+
+def _list_or_show(args: argparse.Namespace, directory: str) -> int:
     from pkvpn.watchdog import report
 
-    directory = str(load(args.config).crashes_dir)
     if args.what == "list":
         found = report.list_reports(directory)
         if args.json:
             print(json.dumps(found, indent=2))
         else:
-            for entry in found:
-                print(report.render_line(entry))
+            rows = [("ID", "CHILD", "PID", "CLASS", "UPTIME", "STOOD IN"), *map(_row, found)]
+            print("\n".join(table(rows)))
         return OK
-    try:
-        one = report.load_report(directory, args.id)
-    except (KeyError, ValueError, OSError):
-        raise Refusal(f"there is no crash report {args.id!r} in {directory}") from None
+    one = report.load_report(directory, args.id)
     print(json.dumps(one, indent=2) if args.json else report.render(one))
     return OK
+
+
+def _row(report: dict[str, Any]) -> tuple[str, ...]:
+    from pkvpn.watchdog.report import standing_line
+
+    if "error" in report:
+        return report["id"], "-", "-", report["error"], "-", "-"
+    uptime = report["uptime"]
+    return (
+        report["id"],
+        report["child"],
+        str(report["pid"]),
+        report["class"],
+        "-" if uptime is None else f"{uptime:.1f}s",
+        standing_line(report["stacks"]) or "-",
+    )
 
 
 COMMANDS = {

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from pkvpn.cli import NOT_RUNNING, OK, Command, Refusal, complain
 from pkvpn.cli.runtime import open_watchdog
+from pkvpn.cli.text import printable, table
 from pkvpn.config import Address, Settings, check_runtime_dir, load
 from pkvpn.watchdog.control import ControlError, ask
 from pkvpn.watchdog.instance import holders, lock_is_held, read_pid_file
@@ -135,7 +136,7 @@ def _human(status: dict[str, Any]) -> Iterator[str]:
     yield ""
     rows = [[title for title, _ in _COLUMNS]]
     rows += [[_cell(key, child.get(key)) for _, key in _COLUMNS] for child in status["children"]]
-    yield from _table(rows)
+    yield from table(rows)
     yield ""
     for listener in status["listeners"]:
         address = Address(listener["address"], listener["port"])
@@ -167,13 +168,6 @@ def _duration(seconds: float) -> str:
     if whole < 86400:
         return f"{whole // 3600}h{whole % 3600 // 60:02}m"
     return f"{whole // 86400}d{whole % 86400 // 3600:02}h"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        yield "  ".join(cells).rstrip()
 
 
 # --- tree ----------------------------------------------------------------------------------------
@@ -296,8 +290,7 @@ def _read_process(pid: int) -> _Process:
         started=int(fields[19]),
         vsz=int(fields[20]) // 1024,
         rss=int(fields[21]) * (os.sysconf("SC_PAGE_SIZE") // 1024),
-        # Another program's text must not paint the operator's terminal.
-        command="".join(char if char.isprintable() else "?" for char in command),
+        command=printable(command),
     )
 
 
