@@ -1,0 +1,844 @@
+"""The shell of the watchdog: one thread, one selector, and nothing it waits for without a limit.
+
+Strategy: everything is decided by the pure parts (`machine`, `tree`, `verdict`); this file
+turns what the kernel says into their events and carries out their commands, in one place.
+Within a turn the lifelines are read first and judged last, so a beat that already lay in a
+pipe always counts; a death is followed by the fork at once and by its report after it.
+
+The process that runs this parses nothing a network peer sent, touches no disk while it judges
+(the `log` child does), and stays single-threaded, so that a fork is always safe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import gc
+import logging
+import os
+import random
+import resource
+import selectors
+import signal
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+from multiprocess import context as multiprocess_context
+
+from pkvpn.watchdog import control, instance, machine, procfs, report, sweep
+from pkvpn.watchdog.child import Birth, exec_child, run_child
+from pkvpn.watchdog.held import HeldDescriptors, Kept
+from pkvpn.watchdog.lifeline import (
+    FRAME_SIZE,
+    CorruptLifeline,
+    Kind,
+    LifelineDecoder,
+    Order,
+    encode_order,
+)
+from pkvpn.watchdog.logchild import LogPipe, LogSettings
+from pkvpn.watchdog.logchild import main as log_main
+from pkvpn.watchdog.machine import ChildMachine, State
+from pkvpn.watchdog.spec import LOG_CHILD, ChildSpec, HeldSpec, TreeSpec
+from pkvpn.watchdog.titles import set_title
+from pkvpn.watchdog.tree import Tree
+from pkvpn.watchdog.verdict import Beat, Condemn, Continue, Judge, Limits, Look, Note
+from pkvpn.watchdog.verdict import Command as JudgeCommand
+
+_log = logging.getLogger(__name__)
+_fork = multiprocess_context.ForkContext()
+
+# How the tree ended, as the exit code of the watchdog.
+EXIT_OK = 0
+EXIT_START_FAILED = 1
+EXIT_INTERNAL = 70  # a bug of ours (EX_SOFTWARE)
+EXIT_GAVE_UP = 75  # a child could not be kept alive, and the policy says so (EX_TEMPFAIL)
+
+# After these the memory of the child is not to be trusted: the next one starts by exec.
+WILD_SIGNALS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGABRT, signal.SIGSYS}
+
+_PR_SET_CHILD_SUBREAPER = 36
+_LOG_BUFFER = 1 << 20
+_MAX_STACKS = 64 * 1024
+# In which order the events of one turn are handled.
+_SIGNALS, _LIFELINES, _GIFTS, _DEATHS, _CONTROL = range(5)
+
+Report = Callable[[dict[str, Any]], None]
+
+
+class Incarnation:
+    """One living process of a child, and the watchdog's ends of everything between them."""
+
+    def __init__(self, spec: ChildSpec, number: int, now: float, beat_interval: float) -> None:
+        self.number = number
+        self.spec = spec
+        self.pid = 0
+        self.pidfd = -1
+        self.process: Any = None  # multiprocess' handle; None if adopted after an upgrade
+        self.started_at = now
+        self.beats: deque[tuple[float, Beat]] = deque(maxlen=10)
+        self.said = ""
+        self.orders = 0
+        self.condemned = ""
+        self.snapshot: dict[str, str] = {}
+        self.decoder = LifelineDecoder(len(spec.duties))
+        self._limits = Limits(
+            beat_interval=beat_interval,
+            hang_timeout=spec.hang_timeout,
+            stopped_timeout=spec.stopped_timeout,
+            deaf_timeout=spec.deaf_timeout,
+        )
+        self.judge = Judge(0, self._limits)
+        self.up = self.down = self.stacks = -1
+        self.gifts: socket.socket
+
+    def born(self, pid: int) -> None:
+        """To be called when the process exists."""
+        self.pid = pid
+        self.pidfd = os.pidfd_open(pid)
+        self.judge = Judge(pid, self._limits)
+
+    def order(self, order: Order) -> None:
+        """Tell the child; it has room for thousands of orders, or it is gone."""
+        self.orders += 1
+        with contextlib.suppress(OSError):
+            os.write(self.down, encode_order(order, self.orders))
+
+    def signal(self, number: signal.Signals) -> None:
+        """By identity: a pid that is another process by now is never hit."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, number)
+
+    def read_stacks(self) -> str:
+        return os.pread(self.stacks, _MAX_STACKS, 0).decode(errors="replace")
+
+    def last_beat_age(self, now: float) -> float | None:
+        return now - self.beats[-1][0] if self.beats else None
+
+    def close(self) -> None:
+        for fd in (self.up, self.down, self.stacks, self.pidfd):
+            with contextlib.suppress(OSError):
+                os.close(fd)
+        self.gifts.close()
+
+
+class Slot:
+    """One child of the tree over all its incarnations."""
+
+    def __init__(self, spec: ChildSpec) -> None:
+        self.machine = ChildMachine(spec)
+        self.kept = Kept(spec.keep_limit)
+        self.alive: Incarnation | None = None
+        self.remains: Incarnation | None = None  # of the one that has just ended
+        self.ended: machine.Gone | None = None
+        self.usage: dict[str, float] = {}
+        self.number = 0
+        self.facts: psutil.Process | None = None
+
+    @property
+    def spec(self) -> ChildSpec:
+        return self.machine.spec
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+
+class Supervisor:
+    """Runs one tree from the first child to the last."""
+
+    def __init__(
+        self,
+        spec: TreeSpec,
+        *,
+        lock: instance.InstanceLock,
+        tell: Report,
+        on_reload: Callable[[], TreeSpec] | None = None,
+        status: Callable[[], dict[str, Any]] | None = None,
+    ) -> None:
+        self._spec = spec
+        self._lock = lock
+        self._tell = tell
+        self._on_reload = on_reload
+        self._more_status = status
+        self._started_at = time.monotonic()
+        self._away = procfs.clocks()
+        self._selector = selectors.DefaultSelector()
+        self._told_ready = False
+        self._exit = EXIT_OK
+        self._held = HeldDescriptors()
+        self._lot = random.Random()  # noqa: S311 - jitter
+        self._log_read, self._log_write = _log_channel()
+        self._log_pipe = LogPipe(self._log_write, "watchdog")
+        self._held.adopt(HeldSpec(LOG_CHILD, lambda: []), [self._log_read])
+        self._slots = {child.name: Slot(child) for child in self._all_children(spec)}
+        self._tree = Tree([slot.machine for slot in self._slots.values()])
+        self._by_machine = {id(slot.machine): slot for slot in self._slots.values()}
+
+    # -- the life of the tree
+
+    def run(self) -> int:
+        """Bring the tree up, keep it up until a stop, and return the exit code."""
+        logging.getLogger().addHandler(self._log_pipe.handler())
+        self._take_signals()
+        for held in self._spec.held:
+            self._held.open(held)
+        listener = control.listen(os.path.join(self._spec.runtime_dir, "control.sock"))
+        self._control = control.ControlServer(listener, self._selector, self._answer)
+        _adopt_orphans()
+        gc.collect()
+        gc.freeze()  # what exists now is shared with every child and never looked at again
+        self._entry("starting", pid=os.getpid())
+        try:
+            self._advance(time.monotonic())
+            self._loop()
+        finally:
+            self._finish()
+        return self._exit
+
+    def _loop(self) -> None:
+        asleep_at, timeout = time.monotonic(), 0.0
+        while not self._tree.over:
+            events = self._selector.select(timeout)
+            now = time.monotonic()
+            if now - asleep_at > timeout + self._spec.beat_interval:
+                self._was_away(now - asleep_at - timeout, now)
+            events.sort(key=lambda event: _priority(event[0]))
+            for key, mask in events:
+                self._handle(key, mask, now)
+            asleep_at = time.monotonic()
+            self._expire(asleep_at)
+            timeout = self._until_next_deadline(asleep_at)
+
+    def _handle(self, key: selectors.SelectorKey, mask: int, now: float) -> None:
+        if self._control.handle(key, mask):
+            return
+        priority, slot, incarnation = key.data
+        if priority == _SIGNALS:
+            self._on_signals(now)
+        elif incarnation is not slot.alive:
+            return  # gone earlier in this very turn
+        elif priority == _LIFELINES:
+            self._read_lifeline(slot, now)
+        elif priority == _GIFTS:
+            slot.kept.drain(incarnation.gifts)
+        else:
+            self._on_death(slot, now)
+
+    def _expire(self, now: float) -> None:
+        for slot in self._slots.values():
+            self._carry_out(slot, slot.machine.expire(now, self._lot.random()), now)
+            if slot.alive is not None and slot.machine.state is State.UP:
+                self._obey_judge(slot, slot.alive.judge.expire(now), now)
+        self._advance(now)
+
+    def _until_next_deadline(self, now: float) -> float:
+        # Never longer than a second, so that time we were away for is seen as such.
+        nearest = now + 1.0
+        for slot in self._slots.values():
+            deadlines = [slot.machine.next_deadline()]
+            if slot.alive is not None and slot.machine.state is State.UP:
+                deadlines.append(slot.alive.judge.next_deadline())
+            nearest = min([nearest, *(one for one in deadlines if one is not None)])
+        return max(0.0, nearest - now)
+
+    def _advance(self, now: float) -> None:
+        while told := self._tree.advance():
+            for child, event in told:
+                self._tell_machine(self._by_machine[id(child)], event, now)
+        if self._tree.ready and not self._told_ready:
+            self._told_ready = True
+            self._entry("ready", seconds=round(now - self._started_at, 3))
+            self._tell({"ready": True, "pid": os.getpid(), **self._extra_status()})
+        blocked = self._tree.blocked_by()
+        if blocked is not None:
+            slot = self._by_machine[id(blocked)]
+            said = slot.remains.said if slot.remains is not None else ""
+            self._fail(f"{slot.name} does not start: {said or blocked.why.value}")
+
+    def _fail(self, why: str) -> None:
+        self._exit = EXIT_START_FAILED
+        self._entry("start-failed", reason=why)
+        self._tell({"error": why, "code": EXIT_START_FAILED})
+        self._stop(time.monotonic())
+
+    def _stop(self, now: float) -> None:
+        for child, event in self._tree.stop():
+            self._tell_machine(self._by_machine[id(child)], event, now)
+
+    def _finish(self) -> None:
+        """Nobody of ours is left: end what was not ours, say so, give everything back."""
+        sweep.kill_orphans(set(), set())
+        self._selector.close()
+        for slot in self._slots.values():
+            slot.kept.close()
+        self._held.close()
+        os.close(self._log_write)
+        for name in ("control.sock", "pid"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(self._spec.runtime_dir, name))
+
+    def _was_away(self, by: float, now: float) -> None:
+        """We were stopped, starved or suspended: nobody is accused of that time."""
+        away, self._away = self._away, procfs.clocks()
+        suspended = self._away - away
+        self._entry("watchdog-away", seconds=round(by, 3), suspended=round(suspended, 3))
+        for slot in self._slots.values():
+            slot.machine.postpone(by)
+            if slot.alive is not None:
+                slot.alive.judge.woke_late(by, now)
+
+    # -- signals
+
+    def _take_signals(self) -> None:
+        read, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._signal_pipe = read
+        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD):
+            signal.signal(number, lambda _number, _frame: None)
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
+        self._selector.register(read, selectors.EVENT_READ, (_SIGNALS, None, None))
+
+    def _on_signals(self, now: float) -> None:
+        numbers = set(os.read(self._signal_pipe, 512))
+        if numbers & {signal.SIGTERM, signal.SIGINT}:
+            self._entry("stop-asked", by="signal")
+            self._stop(now)
+        if signal.SIGHUP in numbers:
+            self._reload(now)
+        if signal.SIGQUIT in numbers:
+            self._entry("status", status=self._status())
+        if signal.SIGCHLD in numbers:
+            self._reap_strangers()
+
+    def _reap_strangers(self) -> None:
+        """Grandchildren whose parents are gone came to us; ours are reaped by their pidfds."""
+        ours = {slot.alive.pid for slot in self._slots.values() if slot.alive is not None}
+        for pid in procfs.children_of(os.getpid()):
+            if pid not in ours:
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(pid, os.WNOHANG)
+
+    # -- what children say
+
+    def _read_lifeline(self, slot: Slot, now: float) -> None:
+        """Take all that lies in the pipe."""
+        incarnation = slot.alive
+        assert incarnation is not None
+        newest: Beat | None = None
+        while True:
+            try:
+                data = os.read(incarnation.up, 16 * FRAME_SIZE)
+            except BlockingIOError:
+                break
+            if not data:
+                self._selector.unregister(incarnation.up)
+                self._obey_judge(slot, incarnation.judge.mute(now), now)
+                return
+            try:
+                frames = incarnation.decoder.feed(data)
+            except CorruptLifeline as error:
+                incarnation.said = str(error)
+                self._selector.unregister(incarnation.up)
+                self._obey_judge(slot, incarnation.judge.corrupt(now), now)
+                return
+            for frame in frames:
+                if isinstance(frame, Beat):
+                    newest = frame
+                    incarnation.beats.append((now, frame))
+                else:
+                    self._on_said(slot, incarnation, frame.kind, frame.text, now)
+        if newest is not None:
+            self._obey_judge(slot, incarnation.judge.beat(newest, now), now)
+
+    def _on_said(
+        self, slot: Slot, incarnation: Incarnation, kind: Kind, text: str, now: float
+    ) -> None:
+        if kind is Kind.READY:
+            incarnation.judge.arm(now)
+            self._tell_machine(slot, machine.Ready(), now)
+            self._advance(now)
+        elif kind is Kind.SAY:
+            incarnation.said = text
+            self._tell({"progress": f"{slot.name}: {text}"})
+        elif kind is Kind.ASKED:
+            self._entry("stop-asked", by=slot.name)
+            self._stop(now)
+        elif kind is Kind.DUMPED:
+            self._dump_report(slot, incarnation, now)
+
+    # -- verdicts
+
+    def _obey_judge(self, slot: Slot, commands: list[JudgeCommand], now: float) -> None:
+        incarnation = slot.alive
+        for command in commands:
+            if incarnation is None or incarnation is not slot.alive:
+                return
+            if isinstance(command, Look):
+                facts = procfs.read_facts(incarnation.pid)
+                self._obey_judge(slot, incarnation.judge.facts(facts, now), now)
+            elif isinstance(command, Continue):
+                incarnation.signal(signal.SIGCONT)
+            elif isinstance(command, Note):
+                verdict = command.verdict.value if command.verdict is not None else "ok"
+                self._entry("verdict", child=slot.name, verdict=verdict, text=command.text)
+            elif isinstance(command, Condemn):
+                incarnation.condemned = command.verdict.value
+                self._entry(
+                    "condemned", child=slot.name, verdict=command.verdict.value, text=command.text
+                )
+                self._tell_machine(slot, machine.Condemned(command.verdict.value), now)
+
+    # -- deaths
+
+    def _on_death(self, slot: Slot, now: float) -> None:
+        incarnation = slot.alive
+        assert incarnation is not None
+        with contextlib.suppress(KeyError):
+            self._selector.get_key(incarnation.up)
+            self._read_lifeline(slot, now)
+        slot.kept.drain(incarnation.gifts)
+        slot.ended, slot.usage = _reap(incarnation)
+        for fd in (incarnation.up, incarnation.pidfd, incarnation.gifts):
+            with contextlib.suppress(KeyError):
+                self._selector.unregister(fd)
+        if slot.remains is not None:
+            slot.remains.close()
+        slot.alive, slot.remains = None, incarnation
+        self._tell_machine(slot, slot.ended, now)
+        self._end_orphans()
+        self._advance(now)
+
+    def _end_orphans(self) -> None:
+        """What the dead child had started came to us; it is not to outlive it."""
+        alive = [slot.alive for slot in self._slots.values() if slot.alive is not None]
+        ours = {incarnation.pid for incarnation in alive}
+        if set(procfs.children_of(os.getpid())) <= ours:
+            return
+        spared = {os.fstat(incarnation.up).st_ino for incarnation in alive}
+        ended = sweep.kill_orphans(ours, spared)
+        if ended:
+            self._entry("orphans-killed", pids=sorted(ended))
+
+    # -- carrying out what a machine decided
+
+    def _tell_machine(self, slot: Slot, event: machine.Event, now: float) -> None:
+        self._carry_out(slot, slot.machine.receive(event, now, self._lot.random()), now)
+
+    def _carry_out(self, slot: Slot, commands: list[machine.Command], now: float) -> None:
+        for command in commands:
+            if isinstance(command, machine.Spawn):
+                self._spawn(slot, command.fresh, now)
+            elif isinstance(command, machine.Ask) and slot.alive is not None:
+                slot.alive.order(Order.STOP)
+            elif isinstance(command, machine.Gather) and slot.alive is not None:
+                slot.alive.snapshot = procfs.snapshot_text(slot.alive.pid)
+                slot.alive.signal(signal.SIGQUIT)
+            elif isinstance(command, machine.Kill) and slot.alive is not None:
+                slot.alive.signal(signal.SIGKILL)
+            elif isinstance(command, machine.ReportDeath):
+                self._report_death(slot, now)
+            elif isinstance(command, machine.Announce):
+                self._announce(slot, command.note)
+            elif isinstance(command, machine.GiveUp):
+                self._exit = EXIT_GAVE_UP
+                self._entry("giving-up", child=slot.name)
+                if not self._told_ready:
+                    said = slot.remains.said if slot.remains is not None else ""
+                    self._tell({"error": f"{slot.name}: {said or 'dies again and again'}",
+                                "code": EXIT_GAVE_UP})  # fmt: skip
+                self._stop(now)
+
+    def _spawn(self, slot: Slot, fresh: bool, now: float) -> None:
+        slot.number += 1
+        incarnation = Incarnation(slot.spec, slot.number, now, self._spec.beat_interval)
+        incarnation.up, up_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        down_read, incarnation.down = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        incarnation.gifts, gifts = socket.socketpair(
+            socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+        )
+        incarnation.stacks = os.memfd_create(f"stacks-{slot.name}", os.MFD_CLOEXEC)
+        names = (LOG_CHILD,) if slot.name == LOG_CHILD else slot.spec.held
+        birth = Birth(
+            name=slot.name,
+            incarnation=slot.number,
+            title=self._spec.title or self._spec.name,
+            comm=self._spec.comm or self._spec.name,
+            watchdog_pid=os.getpid(),
+            beat_interval=self._spec.beat_interval,
+            target=slot.spec.target,
+            settings=slot.spec.settings,
+            duties=slot.spec.duties,
+            oom_score_adj=slot.spec.oom_score_adj,
+            up=up_write,
+            down=down_read,
+            gifts=gifts.fileno(),
+            stacks=incarnation.stacks,
+            log=self._log_write,
+            lock=self._lock.fd,
+            held={name: self._held.descriptors(name) for name in names},
+            given=slot.kept.descriptors,
+        )
+        error = self._fork(incarnation, birth, fresh)
+        os.close(up_write)
+        os.close(down_read)
+        gifts.close()
+        if error:
+            incarnation.close()
+            self._entry("spawn-failed", child=slot.name, reason=error)
+            self._tell_machine(slot, machine.SpawnFailed(error), now)
+            return
+        slot.alive, slot.facts = incarnation, None
+        data = (slot, incarnation)
+        self._selector.register(incarnation.up, selectors.EVENT_READ, (_LIFELINES, *data))
+        self._selector.register(incarnation.gifts, selectors.EVENT_READ, (_GIFTS, *data))
+        self._selector.register(incarnation.pidfd, selectors.EVENT_READ, (_DEATHS, *data))
+        self._tell_machine(slot, machine.Spawned(incarnation.pid), now)
+
+    def _fork(self, incarnation: Incarnation, birth: Birth, fresh: bool) -> str:
+        """Return what was wrong, or nothing.
+
+        Signals wait until the child has forgotten our handlers: one that came in between
+        would be written into our own wake-up pipe by the child.
+        """
+        run = exec_child if fresh else run_child
+        process = _fork.Process(target=run, args=(birth,), name=birth.name, daemon=False)
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            process.start()
+            incarnation.process = process
+            incarnation.born(process.pid)
+        except OSError as error:
+            return error.strerror or str(error)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, [])
+        return ""
+
+    # -- what is written down
+
+    def _entry(self, event: str, **more: Any) -> None:
+        self._log_pipe.send_entry({"event": event, **more})
+
+    def _announce(self, slot: Slot, note: str) -> None:
+        child = slot.machine
+        more: dict[str, Any] = {"note": note} if note else {}
+        if slot.alive is not None:
+            more["pid"] = slot.alive.pid
+        self._entry(
+            "state", child=slot.name, state=child.state.value, why=child.why.value,
+            restarts=child.restarts, **more,
+        )  # fmt: skip
+
+    def _report_death(self, slot: Slot, now: float) -> None:
+        incarnation, ended = slot.remains, slot.ended
+        if incarnation is None or ended is None:
+            return
+        self._log_pipe.send_report(
+            self._build_report(slot, incarnation, now, ended.code, ended.signal, slot.usage)
+        )
+
+    def _dump_report(self, slot: Slot, incarnation: Incarnation, now: float) -> None:
+        """An operator asked for the stacks (QUIT); the child goes on."""
+        incarnation.snapshot = procfs.snapshot_text(incarnation.pid)
+        self._log_pipe.send_report(
+            self._build_report(slot, incarnation, now, None, None, {}, verdict="asked")
+        )
+        os.ftruncate(incarnation.stacks, 0)
+        os.lseek(incarnation.stacks, 0, os.SEEK_SET)
+
+    def _build_report(
+        self,
+        slot: Slot,
+        incarnation: Incarnation,
+        now: float,
+        code: int | None,
+        killed_by: int | None,
+        usage: dict[str, float],
+        verdict: str = "",
+    ) -> dict[str, Any]:
+        return report.build(
+            wall=time.time(),
+            child=slot.name,
+            incarnation=incarnation.number,
+            pid=incarnation.pid,
+            verdict=verdict or incarnation.condemned or "dead",
+            why=slot.machine.why.value,
+            signal=killed_by,
+            exit_code=code,
+            rusage=usage,
+            stacks=incarnation.read_stacks(),
+            proc=incarnation.snapshot,
+            beats=[
+                {
+                    "age": round(now - at, 3),
+                    "seq": beat.seq,
+                    "lag": round(beat.lag, 4),
+                    "duties": {
+                        name: {"done": done, "waiting": round(at - since, 3) if since else 0.0}
+                        for name, (done, since) in zip(slot.spec.duties, beat.duties, strict=True)
+                    },
+                }
+                for at, beat in incarnation.beats
+            ],
+            uptime=round(now - incarnation.started_at, 3),
+            restarts=slot.machine.restarts,
+            said=incarnation.said or None,
+        )
+
+    # -- the control socket
+
+    def _answer(self, verb: str, args: dict[str, Any]) -> Any:
+        now = time.monotonic()
+        if verb == "status":
+            return self._status()
+        if verb == "stop":
+            self._entry("stop-asked", by="control")
+            self._stop(now)
+            return {"stopping": True, "pid": os.getpid()}
+        if verb == "reload":
+            return self._reload(now)
+        if verb == "restart":
+            return self._restart(str(args.get("name", "")), now)
+        if verb == "dump":
+            slot = self._slot(str(args.get("name", "")))
+            if slot.alive is None:
+                raise control.ControlError(f"{slot.name} is {slot.machine.state.value}")
+            slot.alive.signal(signal.SIGQUIT)
+            return {"pid": slot.alive.pid}
+        raise control.ControlError(f"unknown verb {verb!r}")
+
+    def _slot(self, name: str) -> Slot:
+        slot = self._slots.get(name)
+        if slot is None:
+            known = ", ".join(self._slots)
+            raise control.ControlError(f"no child is named {name!r}; there are {known}")
+        return slot
+
+    def _restart(self, name: str, now: float) -> dict[str, Any]:
+        slot = self._slot(name)
+        if self._tree.stopping:
+            raise control.ControlError("the service is stopping")
+        self._entry("restart-asked", child=name)
+        self._tell_machine(slot, machine.Replace(), now)
+        return {"name": name, "incarnation": slot.number}
+
+    def _reload(self, now: float) -> dict[str, Any]:
+        if self._tree.stopping:
+            raise control.ControlError("the service is stopping")
+        replaced: list[str] = []
+        if self._on_reload is not None:
+            try:
+                replaced = self._apply(self._on_reload(), now)
+            except Exception as error:
+                # Whatever is wrong with what is new, what is old goes on.
+                self._entry("reload-refused", reason=str(error))
+                raise control.ControlError(f"reload refused, nothing changed: {error}") from error
+        for slot in self._slots.values():
+            if slot.name not in replaced and slot.alive is not None:
+                slot.alive.order(Order.RELOAD)
+        self._entry("reloaded", replaced=replaced)
+        return {"replaced": replaced}
+
+    def _apply(self, spec: TreeSpec, now: float) -> list[str]:
+        """Go over to a new spec of the same children; returns the names of those replaced."""
+        names = [child.name for child in self._all_children(spec)]
+        if names != list(self._slots):
+            raise control.ControlError(
+                "other children than now take a restart: " + ", ".join(names)
+            )
+        changed = {held.name for held in spec.held if self._held.open(held)}
+        self._held.keep_only({LOG_CHILD, *(held.name for held in spec.held)})
+        self._spec = spec
+        replaced = []
+        for child in self._all_children(spec):
+            slot = self._slots[child.name]
+            if child != slot.spec or changed.intersection(child.held):
+                slot.machine.spec = child
+                slot.kept.limit = child.keep_limit
+                self._tell_machine(slot, machine.Replace(), now)
+                replaced.append(child.name)
+        return replaced
+
+    def _status(self) -> dict[str, Any]:
+        now = time.monotonic()
+        return {
+            "name": self._spec.name,
+            "state": self._state(),
+            "watchdog": {
+                "pid": os.getpid(),
+                "uptime": round(now - self._started_at, 3),
+                "held": self._held.counts(),
+            },
+            "children": [self._child_status(slot, now) for slot in self._slots.values()],
+            **self._extra_status(),
+        }
+
+    def _state(self) -> str:
+        if self._tree.stopping:
+            return "stopping"
+        if not self._tree.ready:
+            return "starting"
+        up = all(slot.machine.state is State.UP for slot in self._slots.values())
+        return "running" if up else "degraded"
+
+    def _child_status(self, slot: Slot, now: float) -> dict[str, Any]:
+        alive = slot.alive
+        status: dict[str, Any] = {
+            "name": slot.name,
+            "pid": None,
+            "state": slot.machine.state.value,
+            "why": slot.machine.why.value,
+            "verdict": "ok",
+            "restarts": slot.machine.restarts,
+            "uptime": None,
+            "last_beat_age": None,
+            "loop_lag": None,
+            "cpu": None,
+            "rss": None,
+            "fds": None,
+            "kept": len(slot.kept.descriptors),
+            "kept_limit": slot.kept.limit,
+            "kept_refused": slot.kept.refused,
+            "undead": slot.machine.undead,
+        }
+        if alive is None:
+            return status
+        status["pid"] = alive.pid
+        status["verdict"] = alive.condemned or alive.judge.verdict
+        status["uptime"] = round(now - alive.started_at, 3)
+        if alive.beats:
+            at, beat = alive.beats[-1]
+            status["last_beat_age"] = round(now - at, 3)
+            status["loop_lag"] = round(beat.lag, 4)
+            status["duties"] = {
+                name: {"done": done, "waiting": round(now - since, 3) if since else 0.0}
+                for name, (done, since) in zip(slot.spec.duties, beat.duties, strict=True)
+            }
+        try:
+            if slot.facts is None:
+                slot.facts = psutil.Process(alive.pid)
+            with slot.facts.oneshot():
+                status["cpu"] = slot.facts.cpu_percent(None)
+                status["rss"] = slot.facts.memory_info().rss
+                status["fds"] = slot.facts.num_fds()
+        except psutil.Error:
+            pass  # ended just now, or /proc does not show it: the rest still counts
+        return status
+
+    def _extra_status(self) -> dict[str, Any]:
+        return self._more_status() if self._more_status is not None else {}
+
+    @staticmethod
+    def _all_children(spec: TreeSpec) -> list[ChildSpec]:
+        log = ChildSpec(
+            LOG_CHILD,
+            log_main,
+            settings=spec.log or LogSettings(state_dir=spec.state_dir),
+            duties=("write",),
+            stop_timeout=2.0,
+        )
+        return [log, *spec.children]
+
+
+# --- pieces of the shell that need no supervisor ------------------------------------------
+
+
+def run_tree(
+    spec: TreeSpec,
+    *,
+    tell: Report = lambda _line: None,
+    on_reload: Callable[[], TreeSpec] | None = None,
+    status: Callable[[], dict[str, Any]] | None = None,
+) -> int:
+    """Be the watchdog of ``spec`` until a stop; returns the exit code.
+
+    ``tell`` gets one dict at a time for whoever waits for the start: {"progress": text},
+    {"ready": True, ...}, {"error": text, "code": n} or {"already": pid}.
+    """
+    for directory in (spec.runtime_dir, spec.state_dir):
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+    lock_path = os.path.join(spec.runtime_dir, "lock")
+    lock = instance.InstanceLock.acquire(lock_path)
+    if lock is None:
+        sweep.sweep_leftovers(spec.runtime_dir)
+        lock = instance.InstanceLock.acquire(lock_path)
+    if lock is None:
+        pid_file = instance.read_pid_file(os.path.join(spec.runtime_dir, "pid"))
+        tell({"already": pid_file.pid if pid_file is not None else None})
+        return EXIT_OK
+    instance.write_pid_file(os.path.join(spec.runtime_dir, "pid"))
+    set_title(spec.title or spec.name, spec.comm or spec.name)
+    _raise_priority(spec.nice)
+    try:
+        return Supervisor(
+            spec, lock=lock, tell=tell, on_reload=on_reload, status=status
+        ).run()
+    except BaseException as error:  # noqa: BLE001 - a bug of ours; the children must not hang on
+        # Not sys.exit: at exit multiprocess would wait for children that nobody judges any
+        # more.  They end by the death signal.
+        tell({"error": f"the watchdog failed: {type(error).__name__}: {error}",
+              "code": EXIT_INTERNAL})  # fmt: skip
+        sys.excepthook(type(error), error, error.__traceback__)
+        os._exit(EXIT_INTERNAL)
+
+
+def _priority(key: selectors.SelectorKey) -> int:
+    return key.data[0] if isinstance(key.data, tuple) else _CONTROL
+
+
+def _log_channel() -> tuple[int, int]:
+    read, write = socket.socketpair(
+        socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+    )
+    for end in (read, write):
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            end.setsockopt(socket.SOL_SOCKET, option, _LOG_BUFFER)
+    return read.detach(), write.detach()
+
+
+def _adopt_orphans() -> None:
+    """Become the parent of whatever our children leave behind."""
+    import ctypes
+
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def _raise_priority(nice: int) -> None:
+    if nice:
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, 0, nice)
+
+
+def _reap(incarnation: Incarnation) -> tuple[machine.Gone, dict[str, float]]:
+    """Take the exit status and what the process used; its pidfd says that it has ended."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    status: int | None
+    if incarnation.process is not None:
+        incarnation.process.join()
+        status = incarnation.process.exitcode
+        incarnation.process.close()
+        incarnation.process = None
+    else:
+        try:
+            status = os.waitstatus_to_exitcode(os.waitpid(incarnation.pid, 0)[1])
+        except ChildProcessError:
+            status = None  # somebody else took it; that it has ended is certain
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    usage = {
+        "user_s": round(after.ru_utime - before.ru_utime, 6),
+        "system_s": round(after.ru_stime - before.ru_stime, 6),
+        "minor_faults": after.ru_minflt - before.ru_minflt,
+        "major_faults": after.ru_majflt - before.ru_majflt,
+        "voluntary_switches": after.ru_nvcsw - before.ru_nvcsw,
+        "involuntary_switches": after.ru_nivcsw - before.ru_nivcsw,
+    }
+    if status is None:
+        return machine.Gone(None, None), usage
+    if status < 0:
+        return machine.Gone(None, -status, wild=-status in WILD_SIGNALS), usage
+    return machine.Gone(status, None), usage
