@@ -139,12 +139,8 @@ class JournalWriter:
         try:
             line = _line(entry)
             if self._dropped:
-                said = {
-                    **{key: entry[key] for key in ("at", "mono") if key in entry},
-                    "event": "dropped",
-                    "count": self._dropped,
-                    "why": self._why,
-                }
+                said: Entry = {key: entry[key] for key in ("at", "mono") if key in entry}
+                said |= {"event": "dropped", "count": self._dropped, "why": self._why}
                 self._file.write(_line(said))
                 self._dropped = 0
             self._file.write(line)

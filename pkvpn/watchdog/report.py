@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pkvpn.watchdog.journal import utc_text
+from pkvpn.watchdog.verdict import Beat
 
 __all__ = [
     "MAX_REPORT",
@@ -61,7 +62,7 @@ def cut(text: str, limit: int) -> str:
 
 def build(
     *,
-    wall: float,
+    at: float,
     child: str,
     incarnation: int,
     pid: int,
@@ -72,8 +73,9 @@ def build(
     core_dumped: bool = False,
     rusage: Mapping[str, float] | None = None,
     stacks: str = "",
-    proc: Mapping[str, str] | None = None,
-    beats: Sequence[Mapping[str, Any]] = (),
+    snapshot: Mapping[str, str] | None = None,
+    beats: Sequence[tuple[float, Beat]] = (),
+    duties: Sequence[str] = (),
     log: Sequence[str] = (),
     uptime: float | None = None,
     restarts: int = 0,
@@ -81,16 +83,16 @@ def build(
 ) -> Report:
     """A report as a dict of JSON values.
 
-    ``wall``: time.time() of the death; ``verdict``: the class; ``why``: of the state machine;
-    ``stacks``: text of faulthandler; ``proc``: `procfs.snapshot_text`; ``beats``: the last
-    ones, oldest first, each with its age and duty counters; ``more``: whatever else is known,
-    JSON values of a few words.
+    ``at``: time.time() of the death; ``verdict``: the class; ``why``: of the state machine;
+    ``stacks``: text of faulthandler; ``snapshot``: `procfs.snapshot_text`; ``beats``: the last
+    ones, oldest first, each with its age in seconds; ``duties``: their names; ``log``: lines,
+    added by the log child; ``more``: whatever else is known, JSON values of a few words.
     """
-    at = utc_text(wall)
-    compact = re.sub(r"[-:]", "", at)
+    text_at = utc_text(at)
+    compact = re.sub(r"[-:]", "", text_at)
     report: Report = {
         "id": f"{compact}-{child}-{incarnation}",
-        "at": at,
+        "at": text_at,
         "child": child,
         "incarnation": incarnation,
         "pid": pid,
@@ -103,14 +105,29 @@ def build(
         "restarts": restarts,
         "rusage": dict(rusage or {}),
         "stacks": cut(stacks, _STACKS),
-        "beats": [dict(beat) for beat in beats[-_BEATS:]],
-        "proc": {name: cut(text, _PROC_ENTRY) for name, text in (proc or {}).items()},
+        "beats": [_beat(age, beat, duties) for age, beat in beats[-_BEATS:]],
+        "proc": {name: cut(text, _PROC_ENTRY) for name, text in (snapshot or {}).items()},
         "log": [cut(line, _LOG_LINE) for line in log[-_LOG_LINES:]],
     }
     for key, value in more.items():
         if value is not None:
             report[key] = cut(value, _TEXT) if isinstance(value, str) else value
     return report
+
+
+def _beat(age: float, beat: Beat, names: Sequence[str]) -> dict[str, Any]:
+    return {
+        "age": round(age, 3),
+        "seq": beat.seq,
+        "lag": round(beat.lag, 4),
+        "duties": {
+            names[number] if number < len(names) else f"duty {number + 1}": {
+                "done": done,
+                "waiting_since": round(since, 3),
+            }
+            for number, (done, since) in enumerate(beat.duties)
+        },
+    }
 
 
 def encode(report: Mapping[str, Any], limit: int = MAX_REPORT) -> bytes:

@@ -28,7 +28,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 __all__ = [
     "Action",
@@ -60,7 +60,7 @@ class Verdict(Enum):
     guilty: bool
     action: Action
 
-    def __new__(cls, label: str, guilty: bool, action: Action) -> Verdict:
+    def __new__(cls, label: str, guilty: bool, action: Action) -> Self:
         member = object.__new__(cls)
         member._value_ = label
         member.guilty = guilty
