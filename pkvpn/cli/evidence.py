@@ -43,9 +43,7 @@ def _crashes_arguments(parser: argparse.ArgumentParser) -> None:
     listing = verbs.add_parser("list", help="one line for each report, the newest first")
     listing.add_argument("--json", action="store_true", help="a JSON array")
     showing = verbs.add_parser("show", help="one whole report")
-    showing.add_argument(
-        "id", metavar="ID", help="as `crashes list` names it, or its beginning, or `last`"
-    )
+    showing.add_argument("id", metavar="ID", help="its id, the beginning of it, or `last`")
     showing.add_argument("--json", action="store_true", help="the report as it was stored")
 
 

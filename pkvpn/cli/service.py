@@ -17,16 +17,18 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from pkvpn.cli import FAILED, NO_PRIVILEGE, NOT_RUNNING, OK, Command, Refusal, complain
-from pkvpn.cli.runtime import open_watchdog
-from pkvpn.config import Settings, check_runtime_dir, load
+from pkvpn.cli.runtime import holders, is_running, load_settings, open_watchdog
+from pkvpn.config import ConfigError, Settings, load
 from pkvpn.watchdog.control import ControlError, ask
-from pkvpn.watchdog.instance import holders, lock_is_held
 
 STARTED = "PacketiX VPN Server Service Started."
 STOPPED = "PacketiX VPN Server Service Stopped."
 
 # What the watchdog promises is 0.1 s; an overloaded machine gets some more.
 ANSWER_TIMEOUT = 2.0
+
+# What children of a dead watchdog promise is 1 s.
+_NOTICE_TIMEOUT = 2.0
 
 # How often a condition is looked at that nobody announces: the lock, and the state of another's
 # start or stop.  A lock look-up costs 20 us.
@@ -45,8 +47,7 @@ def _start_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _start(args: argparse.Namespace) -> int:
-    settings = load(args.config)
-    check_runtime_dir(settings)
+    settings = load_settings(args.config)
     running = _wait_while_it_changes(settings)
     if running is not None:
         return _already(running)
@@ -85,7 +86,7 @@ def _wait_while_it_changes(settings: Settings) -> int | None:
     None says that a service is to be launched: it decides by the lock what is really there.
     """
     deadline = time.monotonic() + _stop_budget(settings)
-    while lock_is_held(settings.lock_file):
+    while is_running(settings):
         try:
             status = ask(str(settings.control_socket), "status", timeout=ANSWER_TIMEOUT)
         except (OSError, ControlError):
@@ -209,9 +210,8 @@ def _no_arguments(_parser: argparse.ArgumentParser) -> None:
 
 
 def _stop(args: argparse.Namespace) -> int:
-    settings = load(args.config)
-    check_runtime_dir(settings)
-    if not lock_is_held(settings.lock_file):
+    settings = load_settings(args.config)
+    if not is_running(settings):
         print("The service is not running.")
         return OK
     _stop_and_wait(settings)
@@ -230,39 +230,30 @@ def _stop_and_wait(settings: Settings) -> None:
             waiter.poll(max(0.0, deadline - time.monotonic()) * 1000)
         finally:
             os.close(watchdog)
-    if not _wait_until(lambda: not lock_is_held(settings.lock_file), deadline):
+    if not _wait_until(lambda: not is_running(settings), deadline):
         raise Refusal(
             f"the service has not ended within {_stop_budget(settings):g} s; still there: "
-            f"{_pids(holders(settings.lock_file))}; `kill` ends it by force"
+            f"{_pids(holders(settings))}; `kill` ends it by force"
         )
 
 
 def _ask_to_stop(settings: Settings) -> int | None:
-    """Ask over the control socket, or else with a signal; return the watchdog's pidfd if it lives.
-
-    A service in its first milliseconds has neither socket nor pid file yet, and gets a second.
-    """
-    deadline = time.monotonic() + 1.0
-    while True:
-        watchdog = open_watchdog(settings.pid_file)
-        try:
-            ask(str(settings.control_socket), "stop", timeout=ANSWER_TIMEOUT)
-        except ControlError as error:
-            raise Refusal(f"the watchdog refuses to stop: {error}") from None
-        except OSError as error:
-            if watchdog is not None:
-                _terminate(watchdog)
-            elif not lock_is_held(settings.lock_file):
-                pass  # it has ended by itself
-            elif time.monotonic() > deadline:
-                raise Refusal(
-                    f"no watchdog answers ({error}), but the lock is held by "
-                    f"{_pids(holders(settings.lock_file))}; `kill` ends what is left"
-                ) from None
-            else:
-                time.sleep(_LOOK_EVERY)
-                continue
-        return watchdog
+    """Ask over the control socket, or else with a signal; return the living watchdog's pidfd."""
+    watchdog = open_watchdog(settings)
+    try:
+        ask(str(settings.control_socket), "stop", timeout=ANSWER_TIMEOUT)
+    except ControlError as error:
+        raise Refusal(f"the watchdog refuses to stop: {error}") from None
+    except OSError as error:
+        if watchdog is not None:
+            _terminate(watchdog)
+        # Children of a watchdog that just died notice it and end.
+        elif not _wait_until(lambda: not is_running(settings), time.monotonic() + _NOTICE_TIMEOUT):
+            raise Refusal(
+                f"no watchdog answers ({error}), but the lock is held by "
+                f"{_pids(holders(settings))}; `kill` ends what is left"
+            ) from None
+    return watchdog
 
 
 def _terminate(watchdog: int) -> None:
@@ -298,9 +289,8 @@ def _pids(pids: list[int]) -> str:
 
 
 def _restart(args: argparse.Namespace) -> int:
-    settings = load(args.config)
-    check_runtime_dir(settings)
-    if lock_is_held(settings.lock_file):
+    settings = load_settings(args.config)
+    if is_running(settings):
         _stop_and_wait(settings)
         print(STOPPED, flush=True)
     return _start(argparse.Namespace(config=args.config, foreground=False))
@@ -322,10 +312,9 @@ _REQUESTS = {
 
 
 def _request(args: argparse.Namespace) -> int:
-    settings = load(args.config)  # a file that is wrong is refused here, and names its errors
-    check_runtime_dir(settings)
+    settings = load_settings(args.config)  # a file that is wrong is refused here already
     verb: str = args.verb
-    if not lock_is_held(settings.lock_file):
+    if not is_running(settings):
         raise Refusal("the service is not running", NOT_RUNNING)
     request = _REQUESTS[verb]
     try:
@@ -352,8 +341,6 @@ def _execsvc_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _execsvc(args: argparse.Namespace) -> int:
-    from pkvpn.config import ConfigError
-
     try:
         settings = load(args.config)
     except ConfigError as error:

@@ -13,11 +13,16 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from pkvpn.cli import NOT_RUNNING, OK, Command, Refusal, complain
-from pkvpn.cli.runtime import open_watchdog
+from pkvpn.cli.runtime import (
+    holders,
+    is_running,
+    load_settings,
+    pid_file_names,
+    watchdog_pid,
+)
 from pkvpn.cli.text import printable, table
-from pkvpn.config import Address, Settings, check_runtime_dir, load
+from pkvpn.config import Address, Settings
 from pkvpn.watchdog.control import ControlError, ask
-from pkvpn.watchdog.instance import holders, lock_is_held, read_pid_file
 from pkvpn.watchdog.procfs import pids, title_of
 
 DEAD_WITH_PID_FILE = 1
@@ -36,8 +41,7 @@ def _status_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _status(args: argparse.Namespace) -> int:
-    settings = load(args.config)
-    check_runtime_dir(settings)
+    settings = load_settings(args.config)
     code, sentence, status = _look(settings)
     if status is not None:
         status["sessions"] = _sessions(settings)
@@ -52,15 +56,11 @@ def _status(args: argparse.Namespace) -> int:
 
 def _look(settings: Settings) -> tuple[int, str, dict[str, Any] | None]:
     """Return the exit code, a sentence if there is no answer, and the watchdog's answer."""
-    if not lock_is_held(settings.lock_file):
-        found = read_pid_file(settings.pid_file)
-        if found is None:
+    if not is_running(settings):
+        dead = pid_file_names(settings)
+        if dead is None:
             return DOES_NOT_RUN, "The service is not running.", None
-        return (
-            DEAD_WITH_PID_FILE,
-            f"The service is dead; its pid file names process {found.pid}.",
-            None,
-        )
+        return DEAD_WITH_PID_FILE, f"The service is dead; its pid file names process {dead}.", None
     try:
         answer: dict[str, Any] = ask(
             str(settings.control_socket), "status", timeout=_WATCHDOG_TIMEOUT
@@ -72,18 +72,12 @@ def _look(settings: Settings) -> tuple[int, str, dict[str, Any] | None]:
 
 def _unanswered(settings: Settings, why: str) -> tuple[int, str]:
     """Tell a watchdog that does not answer from one that is dead and left something behind."""
-    left = ", ".join(map(str, holders(settings.lock_file))) or "none that can be seen"
-    watchdog = open_watchdog(settings.pid_file)
-    if watchdog is not None:
-        os.close(watchdog)
+    left = ", ".join(map(str, holders(settings))) or "none that can be seen"
+    if watchdog_pid(settings) is not None:
         return UNKNOWN, (
             f"The watchdog runs but does not answer ({why}). Processes of the service: {left}."
         )
-    if read_pid_file(settings.pid_file) is not None:
-        return DEAD_WITH_PID_FILE, (
-            f"The watchdog is dead. Processes that still hold the lock: {left}."
-        )
-    return UNKNOWN, f"No watchdog answers ({why}). Processes that hold the lock: {left}."
+    return DEAD_WITH_PID_FILE, f"The watchdog is dead. Processes that it left behind: {left}."
 
 
 def _nothing(settings: Settings, code: int, sentence: str) -> dict[str, Any]:
@@ -189,16 +183,14 @@ class _Process(NamedTuple):
 
 
 def _tree(args: argparse.Namespace) -> int:
-    settings = load(args.config)
-    check_runtime_dir(settings)
+    settings = load_settings(args.config)
     code, sentence, status = _look(settings)
-    holding = holders(settings.lock_file)
+    holding = holders(settings)
     if status is not None:
         roots = [int(status["watchdog"]["pid"])]
     elif code == UNKNOWN:
         complain(sentence)
-        found = read_pid_file(settings.pid_file)
-        roots = [found.pid] if found is not None else []
+        roots = [watchdog_pid(settings) or 0]
     elif holding:
         complain(sentence)
         roots = []
