@@ -761,15 +761,16 @@ def run_tree(
     {"ready": True, ...}, {"error": text, "code": n} or {"already": pid}.
     """
     for directory in (spec.runtime_dir, spec.state_dir):
-        os.makedirs(directory, mode=0o700, exist_ok=True)
-    lock_path = os.path.join(spec.runtime_dir, "lock")
-    lock = instance.InstanceLock.acquire(lock_path)
+        instance.prepare_directory(directory)
+    left: list[str] = []
+    lock = sweep.take_over(spec.runtime_dir, left.append)
     if lock is None:
-        sweep.sweep_leftovers(spec.runtime_dir)
-        lock = instance.InstanceLock.acquire(lock_path)
-    if lock is None:
-        pid_file = instance.read_pid_file(os.path.join(spec.runtime_dir, "pid"))
-        tell({"already": pid_file.pid if pid_file is not None else None})
+        pid = instance.watchdog_pid(os.path.join(spec.runtime_dir, instance.LOCK_NAME))
+        if pid is None:
+            tell({"error": "what was left cannot be ended: " + "; ".join(left),
+                  "code": EXIT_START_FAILED})  # fmt: skip
+            return EXIT_START_FAILED
+        tell({"already": pid})
         return EXIT_OK
     instance.write_pid_file(os.path.join(spec.runtime_dir, "pid"))
     set_title(spec.title or spec.name, spec.comm or spec.name)

@@ -1,0 +1,239 @@
+"""The VPN server as child specs: the only file that knows watchdog, core and edge.
+
+Strategy: settings in, a `TreeSpec` out.  What must outlive a child is opened here, in the
+watchdog, and handed down by name; everything else is the children's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from pkvpn.client.canary_main import CanarySettings
+from pkvpn.client.canary_main import main as canary_main
+from pkvpn.config import ConfigError, Settings, load
+from pkvpn.core.main import main as core_main
+from pkvpn.core.settings import CoreSettings
+from pkvpn.edge.main import EdgeSettings
+from pkvpn.edge.main import main as edge_main
+from pkvpn.listeners import Listeners
+from pkvpn.watchdog import control
+from pkvpn.watchdog.logchild import LogSettings
+from pkvpn.watchdog.policy import OnLimit, RestartPolicy
+from pkvpn.watchdog.spec import ChildSpec, HeldSpec, TreeSpec
+from pkvpn.watchdog.supervisor import EXIT_START_FAILED, run_tree
+
+TITLE = "vpnserver execsvc"
+COMM = "vpnserver"
+
+# Room for what is queued in a channel while a core or an edge is being replaced.  The kernel
+# cuts it to net.core.wmem_max.
+_CHANNEL_BUFFER = 4 << 20
+_CANARY_SECRET = 32
+
+
+class Service:
+    """Holds what outlives a change of settings, and makes the tree's spec of each."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.listeners = Listeners()
+        self._channels: list[tuple[list[int], list[int]]] = []  # per edge: its ends, the core's
+
+    def tree(self, settings: Settings) -> TreeSpec:
+        self.settings = settings
+        edges = [f"edge-{i + 1}" for i in range(settings.edge_processes(os.cpu_count() or 1))]
+        return TreeSpec(
+            name="pkvpn",
+            title=TITLE,
+            comm=COMM,
+            runtime_dir=str(settings.service.runtime_dir),
+            state_dir=str(settings.service.state_dir),
+            beat_interval=settings.watchdog.beat_interval,
+            nice=settings.service.nice,
+            held=tuple(self._held(edges)),
+            children=tuple(self._children(edges)),
+            log=self._log(),
+        )
+
+    def status(self) -> dict[str, Any]:
+        return {"mode": self.settings.mode, "listeners": self.listeners.status()}
+
+    # -- what is held
+
+    def _held(self, edges: list[str]) -> list[HeldSpec]:
+        service = self.settings.service
+        admin = str(self.settings.admin_socket)
+        held = [
+            HeldSpec("listen", lambda: self.listeners.open(service.listen), key=service.listen),
+            HeldSpec("admin", lambda: [control.listen(admin)], key=admin),
+            HeldSpec("canary", _canary_secret),
+            HeldSpec("channel:core", lambda: self._core_ends(len(edges)), key=len(edges)),
+        ]
+        for index, name in enumerate(edges):
+            held.append(HeldSpec(f"channel:{name}", lambda index=index: self._edge_ends(index)))  # type: ignore[misc]
+            held.append(HeldSpec(f"checkpoint:{name}", lambda name=name: [_checkpoint(name)]))  # type: ignore[misc]
+        return held
+
+    def _core_ends(self, edges: int) -> list[int]:
+        while len(self._channels) < edges:
+            pairs = [_channel_pair() for _ in ("control", "frames")]
+            self._channels.append(([pair[0] for pair in pairs], [pair[1] for pair in pairs]))
+        return [fd for _, core_ends in self._channels[:edges] for fd in core_ends]
+
+    def _edge_ends(self, index: int) -> list[int]:
+        return self._channels[index][0]
+
+    # -- who runs
+
+    def _children(self, edges: list[str]) -> list[ChildSpec]:
+        return [self._core(), *(self._edge(i, name) for i, name in enumerate(edges)), self._canary()]
+
+    def _core(self) -> ChildSpec:
+        settings = CoreSettings(
+            state_dir=str(self.settings.service.state_dir),
+            session_timeout=self.settings.edge.idle_timeout,
+        )
+        return self._child(
+            "core", core_main, settings,
+            held=("channel:core", "admin", "canary"), duties=("switch", "login", "store"),
+        )  # fmt: skip
+
+    def _edge(self, index: int, name: str) -> ChildSpec:
+        edge, state = self.settings.edge, self.settings.service.state_dir
+        settings = EdgeSettings(
+            index=index + 1,
+            certificate=str(edge.certificate or state / "server.crt"),
+            key=str(edge.key or state / "server.key"),
+            max_connections=edge.connections_max,
+            max_per_address=edge.connections_per_address,
+            login_timeout=edge.login_timeout,
+        )
+        return self._child(
+            name, edge_main, settings,
+            held=("listen", f"channel:{name}", f"checkpoint:{name}"),
+            duties=("accept", "login", "forward"),
+            keep_limit=self.settings.watchdog.given_max,
+        )  # fmt: skip
+
+    def _canary(self) -> ChildSpec:
+        settings = CanarySettings(
+            addresses=tuple((one.host, one.port) for one in self.settings.service.listen),
+            interval=self.settings.canary.interval,
+            timeout=self.settings.canary.timeout,
+        )
+        return self._child("canary", canary_main, settings, held=("canary",), duties=("served",))
+
+    def _child(
+        self, name: str, target: Callable[..., None], settings: Any, **more: Any
+    ) -> ChildSpec:
+        watchdog = self.settings.watchdog
+        return ChildSpec(
+            name,
+            target,
+            settings,
+            start_timeout=watchdog.start_timeout,
+            hang_timeout=watchdog.hang_timeout,
+            stop_timeout=watchdog.stop_timeout,
+            stopped_timeout=watchdog.stopped_timeout,
+            deaf_timeout=watchdog.deaf_timeout,
+            policy=RestartPolicy(
+                first=watchdog.backoff_first,
+                factor=watchdog.backoff_factor,
+                cap=watchdog.backoff_cap,
+                jitter=watchdog.backoff_jitter,
+                healthy_after=watchdog.healthy_after,
+                intensity=watchdog.intensity,
+                period=watchdog.period,
+                on_limit=OnLimit(watchdog.on_limit),
+            ),
+            **more,
+        )
+
+    def _log(self) -> LogSettings:
+        raise NotImplementedError
+
+
+def execsvc(settings: Settings, *, ready_fd: int | None, foreground: bool, check: bool) -> int:
+    """Be the watchdog of the VPN server; returns the exit code.
+
+    ``ready_fd``: where `start` waits for JSON lines, one for each thing it is told.
+    ``check``: only see whether this program and these settings would start.
+    """
+    service = Service(settings)
+    spec = service.tree(settings)
+    if check:
+        return 0
+    os.umask(0o077)
+    os.chdir("/")
+    tell = _teller(ready_fd) if ready_fd is not None else _print_start
+    try:
+        return run_tree(
+            spec,
+            tell=tell,
+            on_reload=lambda: service.tree(load(settings.source)),
+            status=service.status,
+        )
+    except (ConfigError, OSError) as error:
+        tell({"error": str(error), "code": EXIT_START_FAILED})
+        return EXIT_START_FAILED
+
+
+def _teller(fd: int) -> Callable[[dict[str, Any]], None]:
+    """Tell `start`, until it knows how it went; it may have gone away."""
+    os.set_inheritable(fd, False)
+    os.set_blocking(fd, False)
+
+    def tell(line: dict[str, Any]) -> None:
+        nonlocal fd
+        if fd < 0:
+            return
+        with contextlib.suppress(OSError):
+            os.write(fd, json.dumps(line).encode() + b"\n")
+        if "progress" not in line:
+            os.close(fd)
+            fd = -1
+
+    return tell
+
+
+def _print_start(line: dict[str, Any]) -> None:
+    """In the foreground the terminal is who waits for the start."""
+    if "error" in line:
+        sys.stderr.write(f"vpnserver: {line['error']}\n")
+    elif "already" in line:
+        sys.stderr.write(f"vpnserver: the service is already running (pid {line['already']})\n")
+    elif line.get("ready"):
+        for one in line["listeners"]:
+            if one["state"] == "refused":
+                sys.stderr.write(f"vpnserver: {one['address']}:{one['port']}: {one['error']}\n")
+        sys.stderr.write("PacketiX VPN Server Service Started.\n")
+
+
+def _channel_pair() -> tuple[int, int]:
+    ends = socket.socketpair(
+        socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+    )
+    for end in ends:
+        for force, plain in ((32, socket.SO_SNDBUF), (33, socket.SO_RCVBUF)):  # SO_*BUFFORCE
+            try:
+                end.setsockopt(socket.SOL_SOCKET, force, _CHANNEL_BUFFER)
+            except OSError:
+                end.setsockopt(socket.SOL_SOCKET, plain, _CHANNEL_BUFFER)
+    return ends[0].detach(), ends[1].detach()
+
+
+def _canary_secret() -> list[int]:
+    """A password only the core and the canary can read; the watchdog forgets it at once."""
+    fd = os.memfd_create("canary", os.MFD_CLOEXEC)
+    os.write(fd, os.urandom(_CANARY_SECRET))
+    return [fd]
+
+
+def _checkpoint(name: str) -> int:
+    return os.memfd_create(f"checkpoint-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
