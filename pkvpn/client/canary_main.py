@@ -1,0 +1,147 @@
+"""The canary child: visits the service's own addresses in turn, as a user would.
+
+Strategy: the loop waits for the visit in progress, for the next one and for the watchdog,
+never for one thing alone, so its beats come whatever the service does.  What is reported is
+the duty "served": visits that went well, and since when none has.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import time
+from dataclasses import dataclass
+
+from pkvpn.client.canary import SECRET_SIZE, CanaryCheck, CanaryResult
+from pkvpn.watchdog.child import Child
+
+_log = logging.getLogger("pkvpn.canary")
+
+DUTY = "served"
+
+# Until the first visit goes well: the operator waits for `start` to return.
+_EAGER_INTERVAL = 0.05
+# But not for ever: a service that is broken should not be busy with its canary.
+_EAGER_PERIOD = 10.0
+
+# What a listener on any address is visited as.
+_ANY = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "*": "127.0.0.1", "::": "::1", "[::]": "::1"}
+
+
+@dataclass(frozen=True, slots=True)
+class CanarySettings:
+    """``addresses``: where the service listens, any-addresses as they are configured.
+    ``interval``: seconds between the starts of two visits.  ``timeout``: of one visit."""
+
+    addresses: tuple[tuple[str, int], ...]
+    interval: float = 5.0
+    timeout: float = 2.0
+
+
+class Round:
+    """Decides which address is visited when, and what to report (pure)."""
+
+    def __init__(self, settings: CanarySettings, *, now: float) -> None:
+        if not settings.addresses:
+            raise ValueError("the canary has no address to visit")
+        self._settings = settings
+        self._next = 0
+        self._eager_until = now + _EAGER_PERIOD
+        self._started_at = now
+        self.visit_at = now
+        self.well = False  # has any visit gone well?
+        self.done = 0
+        self.waiting_since = 0.0
+
+    def start(self, now: float) -> tuple[str, int]:
+        """To be called when a visit begins; the address to visit."""
+        host, port = self._settings.addresses[self._next]
+        self._next = (self._next + 1) % len(self._settings.addresses)
+        self._started_at = now
+        return _ANY.get(host, host.strip("[]")), port
+
+    def finish(self, ok: bool, now: float) -> None:
+        """To be called when it is over."""
+        if ok:
+            self.well = True
+            self.done += 1
+            self.waiting_since = 0.0
+        elif not self.waiting_since:
+            self.waiting_since = self._started_at
+        if not self.well and now < self._eager_until:
+            self.visit_at = now + _EAGER_INTERVAL
+        else:
+            self.visit_at = max(now, self._started_at + self._settings.interval)
+
+
+def main(child: Child, settings: CanarySettings) -> None:
+    """The canary's life; to be run by the watchdog, which holds "canary" for it."""
+    secret = os.pread(child.held("canary")[0], SECRET_SIZE, 0)
+    duty = child.duty(DUTY)
+    rounds = Round(settings, now=time.monotonic())
+    news = _News()
+    visit: CanaryCheck | None = None
+    address = ("", 0)
+    epoll = select.epoll()
+    epoll.register(child.fileno(), select.EPOLLIN)
+    try:
+        while not child.stopping:
+            now = time.monotonic()
+            due_at = rounds.visit_at if visit is None else visit.next_deadline()
+            # The tree's call sends the beat, so it comes first whatever else is due.
+            wait = min(child.turn(now), due_at - now)
+            epoll.poll(max(0.0, wait))
+            child.receive()
+            if visit is None:
+                if time.monotonic() < rounds.visit_at:
+                    continue
+                address = rounds.start(time.monotonic())
+                visit = CanaryCheck(*address, secret, settings.timeout)
+                epoll.register(visit.fileno(), select.EPOLLIN)
+            result = visit.step()
+            if result is None:
+                continue
+            epoll.unregister(visit.fileno())
+            visit.close()
+            visit = None
+            first = result.ok and not rounds.well
+            rounds.finish(result.ok, time.monotonic())
+            duty.done, duty.waiting_since = rounds.done, rounds.waiting_since
+            changed = news.tell(address, result)
+            if first:
+                child.ready()
+            elif changed and not rounds.well:
+                child.say(_describe(address, result))
+    finally:
+        if visit is not None:
+            visit.close()
+        epoll.close()
+
+
+class _News:
+    """Logs what changed at an address, not every visit."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, int], tuple[bool, str, str]] = {}
+
+    def tell(self, address: tuple[str, int], result: CanaryResult) -> bool:
+        """Log the result if it differs from the last one there; True if it did."""
+        new = (result.ok, result.stage, result.error)
+        old = self._known.get(address)
+        self._known[address] = new
+        if new == old:
+            return False
+        if not result.ok:
+            _log.warning("%s", _describe(address, result))
+        elif old is not None:
+            _log.info("%s", _describe(address, result))
+        return True
+
+
+def _describe(address: tuple[str, int], result: CanaryResult) -> str:
+    host, port = address
+    where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    if result.ok:
+        return f"{where} serves ({result.seconds * 1000:.0f} ms)"
+    return f"{where} does not serve: came to stage {result.stage}: {result.error}"
