@@ -121,18 +121,18 @@ class _Cutter:
         buffer = self._buffer
         while not self._body_at:
             end = buffer.find(b"\n", self._scanned)
-            size = (len(buffer) if end < 0 else end) - self._line_at
-            if size > MAX_LINE:
+            seen = len(buffer) if end < 0 else end + 1
+            line = bytes(buffer[self._line_at : seen]).removesuffix(b"\n").removesuffix(b"\r")
+            if len(line) > MAX_LINE:
                 raise ProtocolError(f"line of a head is longer than {MAX_LINE} bytes")
-            if (len(buffer) if end < 0 else end + 1) > self._max_head:
+            if seen > self._max_head:
                 raise ProtocolError(f"head is larger than {self._max_head} bytes")
             if end < 0:
-                self._scanned = len(buffer)
+                self._scanned = seen
                 if not self._lines:
                     # Random bytes need not hold a line's end for a long time.
-                    _check_printable(bytes(buffer).removesuffix(b"\r"))
+                    _check_printable(line)
                 return None
-            line = bytes(buffer[self._line_at : end]).removesuffix(b"\r")
             self._line_at = self._scanned = end + 1
             self._line(line)
         whole = self._body_at + (self._length or 0)
@@ -279,9 +279,7 @@ def build_error_page(status: int, method: str, target: str) -> bytes:
     be out of step, and is no client of ours.
     """
     shown = target.replace("<", "(").replace(">", ")")[:200]
-    text = _EXPLANATIONS[status].format(
-        target=html.escape(shown), method=html.escape(method[:200])
-    )
+    text = _EXPLANATIONS[status].format(target=html.escape(shown), method=html.escape(method[:200]))
     page = _page(f"{status} {_REASONS[status]}", text, "")
     return build_response(status, _PAGE_TYPE, page)
 

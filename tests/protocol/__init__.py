@@ -1,0 +1,1 @@
+"""Codecs: each case whole, byte by byte and with a tail."""
