@@ -1,0 +1,102 @@
+"""The server's certificate and key: made once for good, and its fingerprint.
+
+A client compares the certificate of an additional connection with that of its first one and ends
+the session if they differ, so a certificate is never made anew while there is one.
+"""
+
+import datetime as dt
+import hashlib
+import os
+import ssl
+import tempfile
+from pathlib import Path
+
+# Stock clients check nothing by default, and one installation keeps its certificate: 20 years.
+VALIDITY = dt.timedelta(days=20 * 365)
+
+
+class CertificateError(Exception):
+    """These files are not a certificate and its key; the text names them."""
+
+
+def ensure(certificate: Path, key: Path, name: str, now: dt.datetime) -> str:
+    """Make a self-signed certificate unless there is one; return its SHA-256 fingerprint in hex.
+
+    ``name`` becomes the common name.  The key file is written with mode 0600, before the
+    certificate: a certificate without its key is an error that somebody must look at, a key
+    without a certificate is what a kill in between left, and both are made again.  Raises
+    CertificateError if one cannot be read or does not fit the other, OSError for the file system.
+    """
+    if not certificate.exists():
+        _make(certificate, key, name, now)
+    return load(certificate, key)
+
+
+def load(certificate: Path, key: Path) -> str:
+    """Check that the files fit each other and return the fingerprint of the certificate.
+
+    Raises CertificateError.
+    """
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
+        der = ssl.PEM_cert_to_DER_cert(_first_certificate(certificate.read_text()))
+    except (OSError, ValueError) as error:
+        raise CertificateError(f"certificate {certificate} with key {key}: {error}") from None
+    return hashlib.sha256(der).hexdigest()
+
+
+def _first_certificate(text: str) -> str:
+    """The first certificate of a chain file, which may have text around it."""
+    begin, end = ssl.PEM_HEADER, ssl.PEM_FOOTER
+    at = text.index(begin)
+    return text[at : text.index(end, at) + len(end)]
+
+
+def _make(certificate: Path, key: Path, name: str, now: dt.datetime) -> None:
+    # 90 ms of imports and 50 of work, at the very first start only.
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import rsa
+
+    private = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name[:64])])
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(subject)
+        .public_key(private.public_key())
+        .serial_number(x509.random_serial_number())
+        # A day back, for clients whose clock is late.
+        .not_valid_before(now - dt.timedelta(days=1))
+        .not_valid_after(now + VALIDITY)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
+        .sign(private, hashes.SHA256())
+    )
+    pem = private.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+    _write(key, pem, 0o600)
+    _write(certificate, made.public_bytes(serialization.Encoding.PEM), 0o644)
+
+
+def _write(path: Path, data: bytes, mode: int) -> None:
+    """Write a file that is whole or absent, also after a power failure."""
+    fd, temporary = tempfile.mkstemp(prefix=path.name + ".", dir=path.parent)  # mode 0600
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            os.fchmod(file.fileno(), mode)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

@@ -1,0 +1,150 @@
+"""The TLS handshake of one connection, by OpenSSL, and what it leaves to go on with.
+
+Strategy: OpenSSL sees only memory BIOs.  With TLS 1.3 the edge takes over when the handshake is
+done: the two traffic secrets come from OpenSSL's key log, which is a memory file of its own that
+is emptied before each step, so that it only ever holds the secrets of the step just made.  What
+lies unread in the incoming BIO then is the first thing that the record layer of our own opens.
+Everything else (TLS 1.2, or a key log that says nothing) stays with OpenSSL.
+"""
+
+import os
+import ssl
+from typing import NamedTuple
+
+from pkvpn.edge import tls_records
+from pkvpn.edge.tls_records import Suite
+
+# OpenSSL wants some kilobytes for a ClientHello; whoever sends more is no client.
+MAX_HANDSHAKE_BYTES = 65536
+
+# TLS 1.2 without forward secrecy, or with a cipher that only OpenSSL's defaults still allow, is
+# not spoken.
+TLS12_CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
+
+
+class HandshakeError(Exception):
+    """The handshake failed; the text says what OpenSSL saw."""
+
+
+class Secrets(NamedTuple):
+    """What the record layer of our own goes on with."""
+
+    suite: Suite
+    read: bytes  # CLIENT_TRAFFIC_SECRET_0
+    write: bytes  # SERVER_TRAFFIC_SECRET_0
+
+
+class KeyLog:
+    """A memory file that OpenSSL writes the secrets of a handshake to.
+
+    One per process.  Between two steps of handshakes it is empty, and it is gone with the process.
+    """
+
+    def __init__(self) -> None:
+        self.fd = os.memfd_create("keylog", os.MFD_CLOEXEC)
+        # OpenSSL's file is opened by name, and so has a position of its own: Python opens it for
+        # appending, so a file that has been emptied starts at 0 again.
+        self.path = f"/proc/self/fd/{self.fd}"
+
+    def empty(self) -> None:
+        os.ftruncate(self.fd, 0)
+
+    def read(self) -> bytes:
+        return os.pread(self.fd, 65536, 0)
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+def make_context(certificate: str, key: str, key_log: KeyLog) -> ssl.SSLContext:
+    """The TLS side of a server.  Raises OSError (ssl.SSLError) if the files are of no use."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_ciphers(TLS12_CIPHERS)
+    # A ticket is a record of OpenSSL's under the key that is ours by then, and nobody resumes.
+    context.num_tickets = 0
+    context.options |= ssl.OP_NO_TICKET | ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION
+    context.load_cert_chain(certificate, key)
+    context.keylog_filename = key_log.path
+    return context
+
+
+class Handshake:
+    """One handshake, step by step.
+
+    ``feed`` what has come, send what ``feed`` returns, until ``done``.
+    """
+
+    __slots__ = ("_incoming", "_key_log", "_outgoing", "_received", "_secrets", "done", "tls")
+
+    def __init__(self, context: ssl.SSLContext, key_log: KeyLog) -> None:
+        self._incoming = ssl.MemoryBIO()
+        self._outgoing = ssl.MemoryBIO()
+        self._key_log = key_log
+        self._received = 0
+        self._secrets: dict[bytes, bytes] = {}
+        self.tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
+        self.done = False
+
+    def feed(self, data: bytes | memoryview) -> bytes:
+        """Go on with these bytes; return what must be sent.
+
+        Raises HandshakeError; what ``alert`` returns then should still be sent.
+        """
+        self._received += len(data)
+        if self._received > MAX_HANDSHAKE_BYTES:
+            raise HandshakeError(f"{self._received} bytes and no end of the handshake")
+        self._incoming.write(data)
+        self._key_log.empty()
+        try:
+            self.tls.do_handshake()
+            self.done = True
+        except ssl.SSLWantReadError:
+            pass
+        except ssl.SSLError as error:
+            raise HandshakeError(error.reason or str(error)) from None
+        finally:
+            self._read_secrets()
+            self._key_log.empty()
+        return self._outgoing.read()
+
+    def alert(self) -> bytes:
+        """What OpenSSL has to say to the peer after an error."""
+        return self._outgoing.read()
+
+    def _read_secrets(self) -> None:
+        # NSS key log format: a label, the client's random, the secret; one line each.
+        for line in self._key_log.read().splitlines():
+            label, _, rest = line.partition(b" ")
+            if label in {b"CLIENT_TRAFFIC_SECRET_0", b"SERVER_TRAFFIC_SECRET_0"}:
+                self._secrets[label] = rest.partition(b" ")[2]
+
+    def secrets(self) -> Secrets | None:
+        """To be called once when done: the secrets, or None if OpenSSL must go on itself."""
+        cipher = self.tls.cipher()
+        secrets, self._secrets = self._secrets, {}
+        if self.tls.version() != "TLSv1.3" or cipher is None:
+            return None
+        suite = tls_records.SUITES.get(cipher[0])
+        if suite is None or len(secrets) != 2:
+            return None
+        try:
+            read = bytes.fromhex(secrets[b"CLIENT_TRAFFIC_SECRET_0"].decode())
+            write = bytes.fromhex(secrets[b"SERVER_TRAFFIC_SECRET_0"].decode())
+        except ValueError:
+            return None
+        size = tls_records.secret_size(suite)
+        return Secrets(suite, read, write) if len(read) == len(write) == size else None
+
+    def leftover(self) -> bytes:
+        """Bytes that OpenSSL has not looked at: records of the time after the handshake."""
+        return self._incoming.read()
+
+    def bios(self) -> tuple[ssl.MemoryBIO, ssl.MemoryBIO]:
+        """The incoming and the outgoing BIO, for whoever goes on with OpenSSL."""
+        return self._incoming, self._outgoing
+
+    def describe(self, records: str) -> str:
+        """Such as "TLSv1.3 own TLS_AES_256_GCM_SHA384"; ``records``: own or openssl."""
+        cipher = self.tls.cipher()
+        return f"{self.tls.version()} {records} {cipher[0] if cipher else 'no cipher'}"
