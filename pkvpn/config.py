@@ -363,10 +363,6 @@ class Settings:
         return self.service.runtime_dir / "pid"
 
     @property
-    def database(self) -> Path:
-        return self.service.state_dir / "pkvpn.db"
-
-    @property
     def journal_dir(self) -> Path:
         return self.service.state_dir / "journal"
 

@@ -3,7 +3,7 @@
 Strategy: one formatter for one stream, chosen once by `make_formatter`.  Whatever a message holds,
 it stays one line, since names and reasons in it come from the network and must not be able to
 forge another line or paint the operator's terminal; only tracebacks have more than one.
-A record may carry `child`, the name of the child that it comes from.
+The log child gives each record the name of the child it comes from, as `processName`.
 """
 
 import json
@@ -14,18 +14,12 @@ from typing import Any, TextIO
 
 # colorlog is only imported for a terminal: it is 20 ms that a log file does not need.
 
-_PLAIN = "%(asctime)s %(levelname)-7s %(child)s: %(message)s"
-_COLOURED = "%(asctime)s %(log_color)s%(levelname)-7s%(reset)s %(child)s: %(message)s"
-_JOURNAL = "%(child)s: %(message)s"
-
-# Where there is no child, as in the command line itself.
-_DEFAULTS = {"child": "vpnserver"}
+_PLAIN = "%(asctime)s %(levelname)-7s %(processName)s: %(message)s"
+_COLOURED = "%(asctime)s %(log_color)s%(levelname)-7s%(reset)s %(processName)s: %(message)s"
+_JOURNAL = "%(processName)s: %(message)s"
 
 # sd-daemon(3): the priority in front of each line, from syslog's levels.
 _PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
-
-# What every record has; anything else was put there with extra=, and belongs into the JSON.
-_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "child", "taskName"}
 
 
 def one_line(text: str) -> str:
@@ -57,14 +51,14 @@ class PlainFormatter(_OneLineFormatter):
     """A line with time, level and child."""
 
     def __init__(self) -> None:
-        super().__init__(_PLAIN, defaults=_DEFAULTS)
+        super().__init__(_PLAIN)
 
 
 class JournalFormatter(_OneLineFormatter):
     """A priority instead of time and level, which the journal writes itself."""
 
     def __init__(self) -> None:
-        super().__init__(_JOURNAL, defaults=_DEFAULTS)
+        super().__init__(_JOURNAL)
 
     def format(self, record: logging.LogRecord) -> str:
         number = next((prio for level, prio in _PRIORITIES if record.levelno >= level), 7)
@@ -73,23 +67,21 @@ class JournalFormatter(_OneLineFormatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line; what was given as extra= is in it under its own name."""
+    """One JSON object a line."""
 
     def format(self, record: logging.LogRecord) -> str:
         entry: dict[str, Any] = {
             "time": local_time(record),
             "level": record.levelname.lower(),
-            "child": getattr(record, "child", _DEFAULTS["child"]),
-            "pid": record.process,
+            "child": record.processName,
             "logger": record.name,
             "message": record.getMessage(),
         }
-        entry |= {key: value for key, value in vars(record).items() if key not in _STANDARD}
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
         elif record.exc_text:
             entry["exception"] = record.exc_text
-        return json.dumps(entry, default=str)
+        return json.dumps(entry)
 
 
 def make_formatter(kind: str, stream: TextIO | None) -> logging.Formatter:
@@ -106,13 +98,6 @@ def make_formatter(kind: str, stream: TextIO | None) -> logging.Formatter:
     if _wants_colour(stream):
         return _coloured(stream)
     return PlainFormatter()
-
-
-def set_up(level: str, kind: str, stream: TextIO) -> None:
-    """Log everything from `level` on to a stream; to be called once in a process."""
-    handler = logging.StreamHandler(stream)
-    handler.setFormatter(make_formatter(kind, stream))
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 
 
 def _wants_colour(stream: TextIO) -> bool:
@@ -141,4 +126,4 @@ def _coloured(stream: TextIO) -> logging.Formatter:
     class ColouredFormatter(_OneLineFormatter, colorlog.ColoredFormatter):
         """A plain line whose level has a colour."""
 
-    return ColouredFormatter(_COLOURED, defaults=_DEFAULTS, stream=stream)
+    return ColouredFormatter(_COLOURED, stream=stream)
