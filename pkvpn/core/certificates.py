@@ -27,7 +27,7 @@ def read_certificate(data: bytes) -> bytes:
         else:
             certificate = x509.load_der_x509_certificate(data)
         key = certificate.public_key()
-    except Exception as error:  # noqa: BLE001  the library's parsers raise many
+    except Exception as error:  # the library's parsers raise many
         raise CertificateError(f"no X.509 certificate in PEM or DER: {error}") from error
     if not isinstance(key, rsa.RSAPublicKey):
         raise CertificateError("the protocol knows RSA keys only, this certificate has another")

@@ -324,9 +324,9 @@ class Hub:
             return None
         return port if self.macs.agreed(source, sender) else None
 
-    def connection_gone(self, conn: int) -> None:
-        """No flow from or to this connection holds any more."""
-        self._withdrawn += self.flows.forget_connection(conn)
+    def connection_gone(self, conn: int) -> bool:
+        """No flow from or to this connection holds any more; True if there was one."""
+        return bool(self.flows.forget_connection(conn))
 
     def _withdraw(self, mac: bytes) -> None:
         self._withdrawn += self.flows.forget_mac(mac)

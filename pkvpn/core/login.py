@@ -9,6 +9,7 @@ the two codes that users need to see (8 no such hub, 9 not authenticated).
 """
 
 import hmac
+import ipaddress
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -53,6 +54,23 @@ CANARY_USER = "canary"
 CANARY_GENERATION = 0
 
 _NO_KEY = bytes(20)
+
+
+def address_key(peer: str) -> str:
+    """What attempts are counted by: an IPv4 address, or the /64 of an IPv6 address.
+
+    ``peer`` as the edge writes it: "192.0.2.1:50000" or "[2001:db8::1]:50000".
+    """
+    text = peer.rpartition(":")[0].strip("[]")
+    try:
+        address = ipaddress.ip_address(text.partition("%")[0])
+    except ValueError:
+        return text
+    if isinstance(address, ipaddress.IPv4Address):
+        return str(address)
+    if address.ipv4_mapped is not None:
+        return str(address.ipv4_mapped)
+    return str(ipaddress.IPv6Network((address, 64), strict=False))
 
 
 @dataclass(slots=True)
@@ -201,7 +219,10 @@ class LoginDesk:
                 blob, ErrorCode.AUTH_TYPE_NOT_SUPPORTED, f"{name}: type {login.auth_type}"
             )
         who = f"{login.hub}\0{login.user}".lower()
-        if not (self._by_address.allows(address, now) and self._by_user.allows(who, now)):
+        limited = login.hub != CANARY_HUB
+        if limited and not (
+            self._by_address.allows(address, now) and self._by_user.allows(who, now)
+        ):
             return self._refuse(
                 blob, ErrorCode.SERVER_CANT_ACCEPT, f"{name}: too many failures, from {address}"
             )
@@ -217,8 +238,7 @@ class LoginDesk:
         hub = self._accounts.hubs.get(user.hub_id)
         if hub is not None and not hub.online:
             return self._refuse(blob, ErrorCode.HUB_STOPPED, f"{name}: the hub is offline")
-        unique_id = login.client_id if len(login.client_id) == 16 else b""
-        stale = self._stale_session(user, unique_id)
+        stale = self._stale_session(user, _unique_id(login))
         if hub is not None and self._is_full(hub, stale):
             # 16 says the same, but makes clients wait for 60 s whatever they are set to.
             return self._refuse(
@@ -226,17 +246,12 @@ class LoginDesk:
                 ErrorCode.SERVER_CANT_ACCEPT,
                 f"{name}: the hub has {hub.max_sessions} sessions, its limit",
             )
-        return self._welcome(blob, login, user, unique_id, stale, now, random)
+        outcome = self._welcome(blob, login, user, now=now, random=random)
+        outcome.replaces = stale
+        return outcome
 
     def _welcome(
-        self,
-        blob: Blob,
-        login: Login,
-        user: UserRecord,
-        unique_id: bytes,
-        stale: Session | None,
-        now: float,
-        random: bytes,
+        self, blob: Blob, login: Login, user: UserRecord, *, now: float, random: bytes
     ) -> Outcome:
         most = min(login.max_connection, self._settings.max_connections)
         # One connection each way, or it is not half duplex.
@@ -249,7 +264,7 @@ class LoginDesk:
             half=half,
             max_connection=most,
             random=random[20:22],
-            unique_id=unique_id,
+            unique_id=_unique_id(login),
             client=login.client,
             now=now,
         )
@@ -266,13 +281,13 @@ class LoginDesk:
         )
         outcome = _pack(welcome.to_pack())
         outcome.session = session
-        outcome.replaces = stale
         outcome.note = f"{session.name}: logged in"
         return outcome
 
     def _find_user(self, hub_name: str, user_name: str) -> tuple[bool, UserRecord | None]:
         if self._canary is not None and hub_name == CANARY_HUB:
-            return True, self._canary if user_name == CANARY_USER else None
+            # To everybody else there is no such hub.
+            return False, self._canary if user_name == CANARY_USER else None
         hub = self._accounts.hub(hub_name)
         return hub is not None, self._accounts.user(hub.id, user_name) if hub else None
 
@@ -380,6 +395,11 @@ class LoginDesk:
         blob.unique_id = session.unique_id
         blob.connection_number = number
         blob.client = session.client
+
+
+def _unique_id(login: Login) -> bytes:
+    """Of the client's installation; empty if it does not say in the way of stock clients."""
+    return login.client_id if len(login.client_id) == 16 else b""
 
 
 def _proved(user: UserRecord | None, login: Login, random: bytes) -> bool:

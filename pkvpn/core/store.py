@@ -170,6 +170,15 @@ class Accounts:
         """All users of a hub."""
         return [user for user in self.users.values() if user.hub_id == hub_id]
 
+    def replace(self, other: "Accounts") -> None:
+        """Become a copy of another."""
+        self.__init__()  # type: ignore[misc]
+        changes: list[Change] = [*other.hubs.values(), *other.users.values()]
+        changes += other.bridges.values()
+        for change in changes:
+            self.apply(change)
+        self.kicked = set(other.kicked)
+
     def apply(self, change: Change) -> None:
         """Take over one change; each may come twice."""
         match change:

@@ -1,0 +1,148 @@
+"""The thread that waits for the disk, so that the loop of the core does not.
+
+Strategy: it answers the operators' verbs and owns the database; one thing at a time, so its queue
+is the listener's backlog and the few connections of the control server.  What concerns the loop it
+has done there (`Calls`) and waits for, with a limit.  The loop never waits for this thread.
+"""
+
+import logging
+import os
+import queue
+import selectors
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar, cast
+
+from pkvpn.core.control import Control, Live, Refused
+from pkvpn.core.store import Store, StoreError
+from pkvpn.watchdog.child import Duty
+from pkvpn.watchdog.control import ControlError, ControlServer
+
+_log = logging.getLogger("pkvpn.core")
+
+T = TypeVar("T")
+
+# Longer than any turn of the loop that the watchdog would let pass.
+_CALL_TIMEOUT = 4.0
+# How often the database is asked whether somebody else has changed it.
+_REFRESH_INTERVAL = 1.0
+
+
+class Calls:
+    """Lets another thread have something done in the loop."""
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
+        self._read_fd, self._write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def fileno(self) -> int:
+        """Readable when `run` has something to do."""
+        return self._read_fd
+
+    def close(self) -> None:
+        """To be called when nobody calls any more."""
+        os.close(self._read_fd)
+        os.close(self._write_fd)
+
+    def run(self) -> None:
+        """Do what was asked for.  To be called by the loop."""
+        try:
+            os.read(self._read_fd, 4096)
+        except BlockingIOError:
+            pass
+        while True:
+            try:
+                call, future = self._queue.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                future.set_result(call())
+            except Exception as error:  # noqa: BLE001  it is raised again where it was asked for
+                future.set_exception(error)
+
+    def ask(self, call: Callable[[], T]) -> T:
+        """Have it done and return its result.  To be called by the other thread.
+
+        Raises TimeoutError; it is done later then, unless the process ends before.
+        """
+        future: Future[T] = Future()
+        self._queue.put((call, future))
+        try:
+            os.write(self._write_fd, b"!")
+        except BlockingIOError:
+            pass  # full: the loop will be woken
+        return future.result(_CALL_TIMEOUT)
+
+
+class _InLoop:
+    """Another `Live`, each method of which is called in the loop."""
+
+    def __init__(self, live: Live, calls: Calls) -> None:
+        self._live = live
+        self._calls = calls
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method = getattr(self._live, name)
+        return lambda *args: self._calls.ask(lambda: method(*args))
+
+
+class StoreThread(threading.Thread):
+    """Owns ``store`` from `start` on, and closes it."""
+
+    def __init__(
+        self, store: Store, live: Live, calls: Calls, listener_fd: int, duty: Duty
+    ) -> None:
+        super().__init__(name="store", daemon=True)
+        self._store = store
+        self._control = Control(store, cast(Live, _InLoop(live, calls)))
+        self._listener_fd = listener_fd
+        self._duty = duty
+        self._stop_read, self._stop_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._failing = ""
+
+    def end(self, timeout: float) -> None:
+        """Ask it to end and wait for it, at most so long."""
+        os.close(self._stop_write)
+        self.join(timeout)
+
+    def run(self) -> None:
+        """Until the end is asked for."""
+        with selectors.DefaultSelector() as selector:
+            server = ControlServer(self._listener_fd, selector, self._answer)
+            selector.register(self._stop_read, selectors.EVENT_READ)
+            refresh_at = time.monotonic() + _REFRESH_INTERVAL
+            stopping = False
+            while not stopping:
+                for key, mask in selector.select(max(0.0, refresh_at - time.monotonic())):
+                    stopping |= key.fd == self._stop_read
+                    server.handle(key, mask)
+                if time.monotonic() >= refresh_at:
+                    self._refresh()
+                    refresh_at = time.monotonic() + _REFRESH_INTERVAL
+            server.close()
+        os.close(self._stop_read)
+        self._store.close()
+
+    def _answer(self, verb: str, args: dict[str, Any]) -> Any:
+        self._duty.waiting_since = time.monotonic()
+        try:
+            return self._control.answer(verb, args)
+        except Refused as refused:
+            raise ControlError(str(refused)) from refused
+        except Exception as error:
+            _log.exception("%s failed", verb)
+            raise ControlError(f"{verb}: {type(error).__name__}: {error}") from error
+        finally:
+            self._duty.done += 1
+            self._duty.waiting_since = 0.0
+
+    def _refresh(self) -> None:
+        try:
+            self._control.refresh()
+            self._failing = ""
+        except (StoreError, TimeoutError) as error:
+            if str(error) != self._failing:
+                self._failing = str(error)
+                _log.error("the database cannot be looked at: %s", error)

@@ -1,0 +1,802 @@
+"""The shell of the core: sockets, time and randomness around hubs, sessions and logins.
+
+Strategy: one loop, one thread; `admin.StoreThread` is the only other one, and it waits for the disk
+so that this one does not.  Everything is decided by the pure parts; here their decisions become
+messages to the edges.
+
+What a dead core leaves: the edges have every connection with its `Blob`, the database has the
+accounts, the watchdog the sockets with what is queued in them.  A new core says Hello, hears the
+replays, and serves logins when it knows what there is, or after ``replay_timeout``.
+"""
+
+import logging
+import os
+import secrets
+import selectors
+import time
+from typing import Any
+
+from pkvpn import channel
+from pkvpn.channel import (
+    ALL_FLOWS,
+    Adopted,
+    ChannelError,
+    Closed,
+    Counts,
+    Flow,
+    FlowSeen,
+    Frames,
+    Mode,
+    Opened,
+    Replay,
+    Replayed,
+    Request,
+    State,
+    Unflow,
+)
+from pkvpn.core import blob as blobs
+from pkvpn.core.admin import Calls, StoreThread
+from pkvpn.core.blob import Blob, BlobError, Stage
+from pkvpn.core.bridge import Tap
+from pkvpn.core.control import SessionName
+from pkvpn.core.flows import KnownFlow
+from pkvpn.core.hub import Drop, Hub, Port, Run
+from pkvpn.core.link import Link
+from pkvpn.core.login import CANARY_HUB, CANARY_HUB_ID, RANDOM_SIZE, LoginDesk, Outcome, address_key
+from pkvpn.core.session import Session, SessionKeys, Sessions
+from pkvpn.core.settings import CoreSettings
+from pkvpn.core.store import Accounts, Change, HubRecord, Store, StoreError, session_secret
+from pkvpn.protocol.messages import Direction
+from pkvpn.watchdog.child import Child
+
+_log = logging.getLogger("pkvpn.core")
+
+_CANARY_SECRET_SIZE = 32
+
+# Frames of connections that were not replayed yet.
+_MAX_EARLY_FRAMES = 4 << 20
+# Requests that wait until this core knows what there is.
+_MAX_EARLY_REQUESTS = 4096
+# How long after a replay an edge may still name flows that an earlier core has taught it.
+_OLD_FLOWS_TIMEOUT = 2.0
+
+_TICK = 1.0
+_AGEING_TICK = 5.0
+
+_MODES = {
+    Direction.BOTH: Mode.BLOCKS,
+    Direction.TO_CLIENT: Mode.BLOCKS_OUT,
+    Direction.TO_SERVER: Mode.BLOCKS_IN,
+}
+
+
+class Connection:
+    """One TCP connection, as far as the core has to know it."""
+
+    __slots__ = (
+        "answer", "blob", "conn", "hub", "link", "local", "number", "peer", "port", "session", "tls"
+    )  # fmt: skip
+
+    def __init__(self, conn: int, link: Link, peer: str, local: str, tls: str) -> None:
+        self.conn = conn
+        self.link = link
+        self.peer = peer
+        self.local = local
+        self.tls = tls
+        self.number = 0  # of the last State
+        self.answer: State | None = None  # the last State; None: an earlier core sent it
+        self.blob = Blob()
+        # The port that its frames come from; None: not in a session.
+        self.session: Session | None = None
+        self.hub: Hub | None = None
+        self.port: Port | None = None
+
+
+class Core:
+    """Everything that a core is.  `run` is its life; the `Live` methods are for `Control`."""
+
+    def __init__(self, child: Child, settings: CoreSettings) -> None:
+        now = time.monotonic()
+        self._child = child
+        self._settings = settings
+        self._epoch = time.monotonic_ns()
+        self._started_at = now
+        child.say("reading the database")
+        self._store = Store(settings.state_dir)
+        self._accounts = self._store.load()
+        keys = SessionKeys(session_secret(settings.state_dir))
+        self._sessions = Sessions(keys, timeout=settings.session_timeout, started_at=now)
+        self._desk = LoginDesk(
+            self._accounts, self._sessions, keys, settings, _canary_password(child)
+        )
+        self._hubs: dict[int, Hub] = {
+            CANARY_HUB_ID: Hub(CANARY_HUB, reflects=True, storm_frames=settings.storm_frames)
+        }
+        self._ports: dict[int, Port] = {}  # of sessions, by their number
+        self._taps: dict[str, tuple[Tap, Hub, Port]] = {}
+        self._connections: dict[int, Connection] = {}
+        self._early_frames: dict[int, list[bytes]] = {}
+        self._early_size = 0
+        self._early_requests: list[tuple[Link, Request]] = []
+        self._serving = False
+        self._lost: dict[str, int] = {}  # frames and requests that belong to no port
+        self._switched = child.duty("switch")
+        self._logged_in = child.duty("login")
+        self._calls = Calls()
+        fds = child.held("channel:core")
+        self._links = [
+            Link(index + 1, fds[2 * index], fds[2 * index + 1]) for index in range(len(fds) // 2)
+        ]
+        self._selector = selectors.DefaultSelector()
+        self._wanted: dict[Any, int] = {}
+
+    # --- life
+
+    def run(self) -> None:
+        """Until the watchdog asks for the end."""
+        now = time.monotonic()
+        self._reconcile(now)
+        listener = os.dup(self._child.held("admin")[0])
+        thread = StoreThread(self._store, self, self._calls, listener, self._child.duty("store"))
+        thread.start()
+        try:
+            self._selector.register(self._child, selectors.EVENT_READ, self._take_orders)
+            self._selector.register(self._calls, selectors.EVENT_READ, self._take_calls)
+            for link in self._links:
+                self._selector.register(link.control, selectors.EVENT_READ, self._control_of(link))
+                self._selector.register(link.frames, selectors.EVENT_READ, self._frames_of(link))
+                link.greet(self._epoch)
+                self._flush(link)
+            self._child.ready()
+            self._loop()
+        finally:
+            thread.end(self._settings.replay_timeout)
+            self._selector.close()
+            self._calls.close()
+            for link in self._links:
+                link.close()
+
+    def _loop(self) -> None:
+        tick_at = ageing_at = time.monotonic()
+        while not self._child.stopping:
+            now = time.monotonic()
+            if now >= tick_at:
+                self._tick(now)
+                tick_at = now + _TICK
+                if now >= ageing_at:
+                    self._age(now)
+                    ageing_at = now + _AGEING_TICK
+                self._flush_all()
+            timeout = min(self._child.turn(now), tick_at - now)
+            if not self._serving:
+                timeout = min(timeout, 0.05)
+            events = self._selector.select(max(0.0, timeout))
+            now = time.monotonic()
+            for key, mask in events:
+                if mask & selectors.EVENT_READ:
+                    key.data(now)
+            if not self._serving:
+                self._begin_to_serve(now)
+            if events:
+                self._flush_all()
+
+    def _take_orders(self, _now: float) -> None:
+        self._child.receive()
+
+    def _take_calls(self, _now: float) -> None:
+        self._calls.run()
+
+    def _control_of(self, link: Link) -> Any:
+        def read(now: float) -> None:
+            for data in link.read_control():
+                self._hear(link, data, now)
+
+        return read
+
+    def _frames_of(self, link: Link) -> Any:
+        def read(now: float) -> None:
+            for data in link.read_frames():
+                self._hear(link, data, now)
+
+        return read
+
+    def _flush_all(self) -> None:
+        for link in self._links:
+            self._flush(link)
+
+    def _flush(self, link: Link) -> None:
+        link.flush(self._epoch)
+        for sock, wanted in zip((link.control, link.frames), link.wanted(), strict=True):
+            key = self._selector.get_key(sock)
+            if key.events != wanted:
+                self._selector.modify(sock, wanted, key.data)
+
+    # --- what edges say
+
+    def _hear(self, link: Link, data: bytes, now: float) -> None:
+        try:
+            message = channel.decode_from_edge(data)
+        except ChannelError as error:
+            _log.error("edge-%d said what is no message: %s", link.index, error)  # noqa: TRY400
+            return
+        match message:
+            case Frames(conn, blocks):
+                self._switched.done += 1
+                self._hear_frames(conn, bytes(blocks), now)
+            case Counts():
+                self._hear_counts(message)
+            case FlowSeen(conn, key):
+                self._hear_flow(link, conn, key, now)
+            case Opened(conn, peer, local, tls):
+                link.present.add(conn)
+                if conn not in self._connections:
+                    self._connections[conn] = Connection(conn, link, peer, local, tls)
+            case Request():
+                self._logged_in.done += 1
+                self._hear_request(link, message, now)
+            case Closed(conn, why):
+                link.present.discard(conn)
+                self._forget(conn, why, now)
+            case Replay():
+                self._hear_replay(link, message, now)
+            case Replayed(epoch):
+                if epoch == self._epoch:
+                    self._end_replay(link, now)
+            case Adopted(version):
+                if version != channel.VERSION:
+                    _log.warning("edge-%d speaks version %d of the channel", link.index, version)
+                link.greet(self._epoch)
+
+    # --- requests
+
+    def _hear_request(self, link: Link, request: Request, now: float) -> None:
+        if not self._serving:
+            if len(self._early_requests) < _MAX_EARLY_REQUESTS:
+                self._early_requests.append((link, request))
+            else:
+                self._lose("requests before the replay")
+            return
+        connection = self._connections.get(request.conn)
+        if connection is None:
+            self._lose("requests of unknown connections")
+            return
+        if request.number <= connection.number:
+            if connection.answer is not None:
+                link.send(connection.answer)
+            return
+        # The edge counts what it has applied; a core that took over has that from the replay.
+        connection.number = request.number - 1
+        outcome = self._desk.answer(
+            connection.blob,
+            address_key(connection.peer),
+            bytes(request.data),
+            now,
+            secrets.token_bytes(RANDOM_SIZE),
+        )
+        if outcome.note:
+            _log.info("%s: %s", connection.peer, outcome.note)
+        if outcome.replaces is not None:
+            self._end_session(outcome.replaces, "its client has logged in again", now)
+        if outcome.displaces:
+            self._close(outcome.displaces, "the client has made a new connection", now)
+        if outcome.session is not None:
+            self._join(connection, outcome.session, connection.blob.direction, now)
+        self._answer(connection, outcome)
+
+    def _answer(self, connection: Connection, outcome: Outcome) -> None:
+        blob = connection.blob
+        mode, timeout = Mode.HTTP, 0.0
+        if outcome.close:
+            blob.stage = Stage.CLOSING
+            mode = Mode.CLOSING
+        elif blob.stage is Stage.IN_SESSION:
+            mode, timeout = _MODES[blob.direction], self._settings.session_timeout
+        self._send_state(
+            connection,
+            outcome.reply,
+            mode,
+            close=outcome.close,
+            timeout=timeout,
+            key_update=outcome.session is not None,
+        )
+
+    def _send_state(
+        self,
+        connection: Connection,
+        reply: bytes,
+        mode: Mode,
+        *,
+        close: str = "",
+        timeout: float = 0.0,
+        key_update: bool = False,
+    ) -> None:
+        connection.number += 1
+        connection.answer = State(
+            connection.conn,
+            connection.number,
+            reply,
+            mode,
+            close,
+            timeout,
+            key_update,
+            connection.blob.encode(),
+        )
+        connection.link.send(connection.answer)
+
+    # --- connections and sessions
+
+    def _join(
+        self, connection: Connection, session: Session, direction: Direction, now: float
+    ) -> None:
+        """The connection is part of the session from now on."""
+        hub = self._hubs[session.hub_id]
+        number = session.claim.session
+        if number not in self._ports:
+            self._ports[number] = hub.join(session.name, session, now)
+        self._sessions.attach(session, connection.conn, direction)
+        connection.session = session
+        connection.hub = hub
+        connection.port = self._ports[number]
+
+    def _forget(self, conn: int, why: str, now: float) -> None:
+        """The connection is gone."""
+        connection = self._connections.pop(conn, None)
+        self._early_size -= sum(map(len, self._early_frames.pop(conn, ())))
+        if connection is None:
+            return
+        if connection.session is not None:
+            _log.info("%s: %s: connection ended: %s", connection.peer, connection.session.name, why)
+        self._leave(connection, now)
+
+    def _leave(self, connection: Connection, now: float) -> None:
+        session, hub = connection.session, connection.hub
+        if session is None or hub is None:
+            return
+        connection.session = connection.hub = connection.port = None
+        self._sessions.detach(connection.conn, now)
+        self._end_flows(hub, connection)
+        if not session.connections and session.hub_id == CANARY_HUB_ID:
+            # It never comes back; and one more every few seconds would be many within T.
+            self._end_session(session, "the canary has gone", now)
+
+    def _end_flows(self, hub: Hub, connection: Connection) -> None:
+        if hub.connection_gone(connection.conn):
+            connection.link.send(Unflow(connection.conn, ALL_FLOWS))
+
+    def _close(self, conn: int, why: str, now: float) -> None:
+        """Have the edge close a connection; it says Closed when that is done."""
+        connection = self._connections.get(conn)
+        if connection is None or connection.blob.stage is Stage.CLOSING:
+            return
+        self._leave(connection, now)
+        connection.blob.stage = Stage.CLOSING
+        self._send_state(connection, b"", Mode.CLOSING, close=why)
+
+    def _end_session(self, session: Session, why: str, now: float) -> None:
+        """The session is over, and with it its connections."""
+        _log.info("%s: session ended: %s", session.name, why)
+        for conn in self._sessions.end(session, now):
+            connection = self._connections[conn]
+            hub = connection.hub
+            connection.session = connection.hub = connection.port = None
+            if hub is not None:
+                self._end_flows(hub, connection)
+            self._close(conn, why, now)
+        self._leave_hub(session)
+
+    def _leave_hub(self, session: Session) -> None:
+        port = self._ports.pop(session.claim.session, None)
+        hub = self._hubs.get(session.hub_id)
+        if port is not None and hub is not None:
+            hub.leave(port)
+            self._withdraw(hub)
+
+    # --- what there was before us
+
+    def _hear_replay(self, link: Link, replay: Replay, now: float) -> None:
+        link.present.add(replay.conn)
+        connection = self._connections.get(replay.conn)
+        if connection is not None and connection.number >= replay.number:
+            if connection.answer is not None and connection.number > replay.number:
+                link.send(connection.answer)
+            return
+        if connection is not None:
+            # An edge knows better than what an older replay in the queue said.
+            self._leave(connection, now)
+        connection = Connection(replay.conn, link, replay.peer, replay.local, replay.tls)
+        self._connections[replay.conn] = connection
+        connection.number = replay.number
+        try:
+            connection.blob = blobs.decode(replay.blob)
+        except BlobError as error:
+            _log.error("%s: cannot be adopted: %s", replay.peer, error)  # noqa: TRY400
+            self._close(replay.conn, "adopted in a state that cannot be read", now)
+            return
+        if connection.blob.stage is Stage.IN_SESSION:
+            session = self._desk.restore(connection.blob, now)
+            if session is None:
+                self._close(replay.conn, "its session is not allowed any more", now)
+                return
+            self._join(connection, session, connection.blob.direction, now)
+            for blocks in self._early_frames.pop(replay.conn, ()):
+                self._early_size -= len(blocks)
+                self._hear_frames(replay.conn, blocks, now)
+
+    def _end_replay(self, link: Link, now: float) -> None:
+        for conn in [
+            conn
+            for conn, connection in self._connections.items()
+            if connection.link is link and conn not in link.present
+        ]:
+            self._forget(conn, "the edge does not have it any more", now)
+        link.replayed = True
+        link.replayed_at = now
+        self._desk.loading = not all(one.replayed for one in self._links)
+        # What the edge lost when it was replaced, then what it has and we do not know.
+        for connection in self._connections.values():
+            if connection.link is link and connection.hub is not None:
+                for flow, to_conn in connection.hub.flows.of_connection(connection.conn):
+                    link.send(Flow(flow.conn, flow.key, to_conn))
+        old_flows, link.old_flows = link.old_flows, []
+        for conn, key in old_flows:  # first learn all sources, since they are the destinations
+            self._relearn(conn, key, now)
+        for conn, key in old_flows:
+            self._relearn_and_teach(link, conn, key, now)
+
+    def _begin_to_serve(self, now: float) -> None:
+        """Serve logins when all edges have told what they have, or after a while."""
+        loading = not all(link.replayed for link in self._links)
+        if loading and now < self._started_at + self._settings.replay_timeout:
+            return
+        self._serving = True
+        self._desk.loading = loading
+        requests, self._early_requests = self._early_requests, []
+        for link, request in requests:
+            self._hear_request(link, request, now)
+        if not loading:
+            self._early_frames.clear()
+            self._early_size = 0
+
+    # --- frames
+
+    def _hear_frames(self, conn: int, blocks: bytes, now: float) -> None:
+        connection = self._connections.get(conn)
+        if connection is None or connection.port is None or connection.hub is None:
+            self._keep_early(conn, blocks, known=connection is not None)
+            return
+        hub, port = connection.hub, connection.port
+        runs, candidates = hub.switch(port, blocks, now)
+        for run in runs:
+            self._deliver(port, run, blocks)
+        if candidates:
+            self._teach(connection, hub, port, candidates, now)
+        self._withdraw(hub)
+
+    def _keep_early(self, conn: int, blocks: bytes, *, known: bool) -> None:
+        """Frames of a connection whose replay has not come yet."""
+        if known or all(link.replayed for link in self._links):
+            self._lose("frames of connections without a session")
+        elif self._early_size + len(blocks) > _MAX_EARLY_FRAMES:
+            self._lose("frames before the replay")
+        else:
+            self._early_frames.setdefault(conn, []).append(blocks)
+            self._early_size += len(blocks)
+
+    def _deliver(self, sender: Port, run: Run, blocks: bytes) -> None:
+        part = blocks if run.end - run.start == len(blocks) else blocks[run.start : run.end]
+        of_edges: dict[int, list[int]] = {}
+        for port in run.ports:
+            owner = port.owner
+            if isinstance(owner, Tap):
+                lost = owner.write(part)
+                if lost:
+                    port.drop(Drop.QUEUE_FULL, lost)
+                continue
+            conns = owner.to_client
+            if not conns:
+                port.drop(Drop.NO_CONNECTION, run.frames)
+                continue
+            # Always the same for one sender: frames stay in order.
+            conn = conns[sender.number % len(conns)]
+            of_edges.setdefault(conn >> 56, []).append(conn)
+        for edge, list_of_conns in of_edges.items():
+            full = self._links[edge - 1].outbox.put(tuple(list_of_conns), part)
+            for conn in full:
+                to = self._connections.get(conn)
+                if to is not None and to.port is not None:
+                    to.port.drop(Drop.QUEUE_FULL, run.frames)
+
+    def _hear_counts(self, counts: Counts) -> None:
+        session = self._sessions.of_connection(counts.conn)
+        if session is not None:
+            session.counts[counts.conn] = counts[1:]
+
+    def _lose(self, what: str) -> None:
+        self._lost[what] = self._lost.get(what, 0) + 1
+
+    # --- known flows
+
+    def _teach(
+        self,
+        connection: Connection,
+        hub: Hub,
+        sender: Port,
+        candidates: dict[bytes, Port],
+        now: float,
+    ) -> None:
+        link = connection.link
+        for key, port in candidates.items():
+            if isinstance(port.owner, Tap) or not port.owner.to_client or not link.may_teach():
+                continue
+            conns = port.owner.to_client
+            to_conn = conns[sender.number % len(conns)]
+            if to_conn >> 56 == connection.conn >> 56 and hub.offer_flow(
+                KnownFlow(connection.conn, key), to_conn, now
+            ):
+                link.send(Flow(connection.conn, key, to_conn))
+
+    def _hear_flow(self, link: Link, conn: int, key: bytes, now: float) -> None:
+        connection = self._connections.get(conn)
+        if not link.replayed:
+            link.old_flows.append((conn, key))
+        if connection is None or connection.hub is None or connection.port is None:
+            return
+        if connection.hub.flow_seen(KnownFlow(conn, key), connection.port, now):
+            self._withdraw(connection.hub)
+        elif link.replayed:
+            if now < link.replayed_at + _OLD_FLOWS_TIMEOUT:
+                self._relearn_and_teach(link, conn, key, now)
+            else:
+                link.send(Unflow(conn, key))
+
+    def _relearn(self, conn: int, key: bytes, now: float) -> Port | None:
+        connection = self._connections.get(conn)
+        if connection is None or connection.hub is None or connection.port is None:
+            return None
+        port = connection.hub.relearn(key, connection.port, now)
+        self._withdraw(connection.hub)
+        return port
+
+    def _relearn_and_teach(self, link: Link, conn: int, key: bytes, now: float) -> None:
+        port = self._relearn(conn, key, now)
+        connection = self._connections.get(conn)
+        if port is None or connection is None:
+            link.send(Unflow(conn, key))
+        elif connection.hub is not None and connection.port is not None:
+            self._teach(connection, connection.hub, connection.port, {key: port}, now)
+
+    def _withdraw(self, hub: Hub) -> None:
+        for flow in hub.take_withdrawn():
+            self._links[(flow.conn >> 56) - 1].send(Unflow(flow.conn, flow.key))
+
+    # --- bridges
+
+    def _open_bridges(self, now: float) -> None:
+        for device, (tap, hub, port) in list(self._taps.items()):
+            record = self._accounts.bridges.get(device)
+            if record is None or self._hubs.get(record.hub_id) is not hub:
+                del self._taps[device]
+                self._selector.unregister(tap.fd)
+                hub.leave(port)
+                self._withdraw(hub)
+        for record in self._accounts.bridges.values():
+            if record.device in self._taps:
+                continue
+            try:
+                (fd,) = self._child.held(f"tap:{record.device}")
+            except (KeyError, ValueError):
+                continue  # added while we run: the watchdog opens it at the next reload
+            tap = Tap(record.device, fd)
+            hub = self._hubs[record.hub_id]
+            port = hub.join(f"bridge {record.device}", tap, now)
+            self._taps[record.device] = (tap, hub, port)
+            self._selector.register(fd, selectors.EVENT_READ, self._tap_of(tap, hub, port))
+
+    def _tap_of(self, tap: Tap, hub: Hub, port: Port) -> Any:
+        def read(now: float) -> None:
+            blocks = tap.read()
+            if blocks:
+                self._switched.done += 1
+                runs, _ = hub.switch(port, blocks, now)
+                for run in runs:
+                    self._deliver(port, run, blocks)
+                self._withdraw(hub)
+            if tap.state != "open":
+                # It would be readable for ever.
+                _log.error("bridge %s: %s", tap.device, tap.state)
+                self._selector.unregister(tap.fd)
+
+        return read
+
+    # --- time
+
+    def _tick(self, now: float) -> None:
+        for session in self._sessions.expire(now):
+            _log.info("%s: session ended: its client did not come back", session.name)
+            self._leave_hub(session)
+
+    def _age(self, now: float) -> None:
+        for hub in self._hubs.values():
+            hub.expire(now)
+            self._withdraw(hub)
+
+    # --- what the database says
+
+    def apply(self, changes: list[Change]) -> None:
+        """`Live.apply`."""
+        for change in changes:
+            self._accounts.apply(change)
+        self._reconcile(time.monotonic())
+        self._flush_all()
+
+    def replace(self, accounts: Accounts) -> None:
+        """`Live.replace`."""
+        self._accounts.replace(accounts)
+        self._reconcile(time.monotonic())
+        self._flush_all()
+
+    def _reconcile(self, now: float) -> None:
+        """Make hubs, sessions and bridges what the accounts allow."""
+        for record in self._accounts.hubs.values():
+            hub = self._hubs.get(record.id)
+            storm_frames = record.storm_frames or self._settings.storm_frames
+            if hub is None:
+                hub = self._hubs[record.id] = Hub(
+                    record.name,
+                    ageing=self._settings.mac_ageing,
+                    max_macs=self._settings.max_macs,
+                )
+            hub.storm_frames = storm_frames
+            hub.set_online(online=record.online)
+            self._withdraw(hub)
+        for session in self._sessions.all():
+            why = self._why_not(session)
+            if why:
+                self._end_session(session, why, now)
+        self._open_bridges(now)
+        for hub_id in list(self._hubs):
+            if hub_id not in self._accounts.hubs and hub_id != CANARY_HUB_ID:
+                del self._hubs[hub_id]
+
+    def _why_not(self, session: Session) -> str:
+        """Why a session may not go on; "": it may."""
+        if session.hub_id == CANARY_HUB_ID:
+            return ""
+        hub = self._accounts.hubs.get(session.hub_id)
+        if hub is None:
+            return "the hub was deleted"
+        if not hub.online:
+            return "the hub is offline"
+        claim = session.claim
+        if (claim.generation, claim.session) in self._accounts.kicked:
+            return "kicked"
+        user = self._accounts.user_of_generation(claim.generation)
+        if user is None or user.id != session.user_id:
+            return "the user was changed or deleted"
+        return ""
+
+    # --- what operators ask
+
+    def sessions(self, hub_id: int | None) -> list[dict[str, Any]]:
+        """`Live.sessions`."""
+        now = time.monotonic()
+        shown = []
+        for session in self._sessions.all():
+            hub = self._accounts.hubs.get(session.hub_id)
+            if hub is None or hub_id not in (None, session.hub_id):
+                continue
+            frames_in, bytes_in, frames_out, bytes_out, drops = session.total_counts()
+            port = self._ports[session.claim.session]
+            connections = [self._connections[conn] for conn in session.connections]
+            shown.append(
+                {
+                    "name": session.name,
+                    "hub": hub.name,
+                    "user": session.user,
+                    "client": session.client,
+                    "peer": connections[0].peer if connections else "",
+                    "tls": connections[0].tls if connections else "",
+                    "connections": len(connections),
+                    "max_connections": session.claim.max_connection,
+                    "half_duplex": session.claim.half,
+                    "age": round(now - session.created_at, 1),
+                    "orphan_for": (
+                        None if session.orphan_at is None else round(now - session.orphan_at, 1)
+                    ),
+                    "frames_in": frames_in,
+                    "bytes_in": bytes_in,
+                    "frames_out": frames_out,
+                    "bytes_out": bytes_out,
+                    "edge_drops": drops,
+                    "drops": _names(port.drops),
+                }
+            )
+        return sorted(shown, key=lambda one: (one["hub"].lower(), -one["age"]))
+
+    def sessions_named(self, hub_id: int, name: str) -> list[SessionName]:
+        """`Live.sessions_named`."""
+        return [
+            SessionName(session.claim.generation, session.claim.session, session.name)
+            for session in self._sessions.in_hub(hub_id)
+            if session.name.lower() == name.lower()
+        ]
+
+    def macs(self, hub_id: int) -> list[dict[str, Any]]:
+        """`Live.macs`."""
+        now = time.monotonic()
+        hub = self._hubs.get(hub_id)
+        return [
+            {
+                "mac": key[:6].hex(":"),
+                "vlan": int.from_bytes(key[6:], "big") if len(key) > 6 else None,
+                "port": port.name,
+                "age": round(now - seen_at, 1),
+            }
+            for key, port, seen_at in (hub.macs.entries() if hub is not None else ())
+        ]
+
+    def hub(self, hub_id: int) -> dict[str, Any]:
+        """`Live.hub`."""
+        hub = self._hubs[hub_id]
+        counts = [session.total_counts() for session in self._sessions.in_hub(hub_id)]
+        totals = [sum(column) for column in zip(*counts, strict=True)] or [0] * 5
+        drops: dict[Drop, int] = {}
+        for port in hub.ports.values():
+            for why, count in port.drops.items():
+                drops[why] = drops.get(why, 0) + count
+        return {
+            "sessions": self._sessions.count(hub_id),
+            "macs": len(hub.macs),
+            "macs_not_learnt": hub.macs_not_learnt,
+            "flows": len(hub.flows),
+            "frames_in": totals[0],
+            "bytes_in": totals[1],
+            "frames_out": totals[2],
+            "bytes_out": totals[3],
+            "drops": _names(drops),
+        }
+
+    def bridges(self) -> dict[str, str]:
+        """`Live.bridges`."""
+        return {device: tap.state for device, (tap, _, _) in self._taps.items()}
+
+    def status(self) -> dict[str, Any]:
+        """`Live.status`."""
+        return {
+            "sessions": len(self._sessions) - self._sessions.count(CANARY_HUB_ID),
+            "connections": len(self._connections),
+            "flows": sum(len(hub.flows) for hub in self._hubs.values()),
+            "uptime": round(time.monotonic() - self._started_at, 1),
+            "incarnation": self._child.incarnation,
+            "loading": self._desk.loading,
+            "refused_logins": {str(int(code)): n for code, n in self._desk.refused.items()},
+            "lost": dict(self._lost),
+        }
+
+
+def _names(drops: dict[Drop, int]) -> dict[str, int]:
+    return {why.value: count for why, count in drops.items()}
+
+
+def _canary_password(child: Child) -> str:
+    """The secret that only the canary and the core hold, as the canary types it."""
+    try:
+        (fd,) = child.held("canary")
+    except (KeyError, ValueError):
+        return ""  # this tree has no canary
+    secret = os.pread(fd, _CANARY_SECRET_SIZE, 0)
+    return secret.hex() if len(secret) == _CANARY_SECRET_SIZE else ""
+
+
+def main(child: Child, settings: CoreSettings) -> None:
+    """The target of the core's child spec.
+
+    Held: "channel:core" (control and frames of each edge), "admin" (a listening unix socket),
+    "canary" (a memfd with 32 bytes; may be absent), "tap:NAME" for each bridge.
+    Duties: "switch", "login", "store".
+    """
+    try:
+        core = Core(child, settings)
+    except StoreError as error:
+        raise SystemExit(str(error)) from error
+    core.run()
