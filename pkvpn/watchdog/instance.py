@@ -80,7 +80,7 @@ class Claim:
     @classmethod
     def take(cls, path: str) -> Claim | None:
         """None: a watchdog, or another sweeper, has it.  Raises `InstanceError`."""
-        if InstanceLock._own(path) is not None:
+        if _own(path) is not None:
             return None
         fd = _open(path, os.O_RDWR | os.O_CREAT)
         if not _claim(fd):
@@ -95,14 +95,11 @@ class Claim:
 class InstanceLock:
     """Holds both locks as long as the process lives; ``fd`` is for the children to inherit."""
 
-    # The lock of this process, by which the functions below answer without opening the file.
-    _ours: InstanceLock | None = None
-
     def __init__(self, fd: int, path: str) -> None:
         self.fd = fd
         self.path = path
         self.owner = os.getpid()
-        InstanceLock._ours = self
+        _remember(self)
 
     @classmethod
     def acquire(cls, path: str) -> InstanceLock | None:
@@ -128,18 +125,26 @@ class InstanceLock:
 
     def release(self) -> None:
         """Close it.  The tree's lock is free only when the last child has gone as well."""
-        if InstanceLock._ours is self:
-            InstanceLock._ours = None
+        if _ours is self:
+            _remember(None)
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
 
-    @classmethod
-    def _own(cls, path: str) -> InstanceLock | None:
-        ours = cls._ours
-        if ours is None or ours.owner != os.getpid() or ours.fd < 0:
-            return None
-        return ours if _is_named(ours.fd, path) else None
+
+# The lock of this process, by which the functions below answer without opening the file.
+_ours: InstanceLock | None = None
+
+
+def _remember(lock: InstanceLock | None) -> None:
+    global _ours  # noqa: PLW0603 - the claim is the process's, not an object's
+    _ours = lock
+
+
+def _own(path: str) -> InstanceLock | None:
+    if _ours is None or _ours.owner != os.getpid() or _ours.fd < 0:
+        return None
+    return _ours if _is_named(_ours.fd, path) else None
 
 
 def _open(path: str, flags: int) -> int:
@@ -178,7 +183,7 @@ def _is_named(fd: int, path: str) -> bool:
 
 def lock_is_held(path: str) -> bool:
     """Whether any process of a tree lives.  No lock file: no.  Raises `InstanceError`."""
-    if InstanceLock._own(path) is not None:
+    if _own(path) is not None:
         return True
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -201,7 +206,7 @@ def watchdog_pid(path: str) -> int | None:
 
     0: somebody whom we cannot see (another pid namespace).
     """
-    own = InstanceLock._own(path)
+    own = _own(path)
     if own is not None:
         return own.owner
     try:

@@ -158,10 +158,14 @@ class LogPipe:
         return self._send(b"R", report)
 
     def send_record(self, record: logging.LogRecord) -> bool:
+        try:
+            message = record.getMessage()
+        except Exception as error:  # noqa: BLE001 - arguments that do not fit; logging never raises
+            message = f"{record.msg!r} (its arguments do not fit: {error})"
         body: dict[str, Any] = {
             "level": record.levelno,
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": message,
             "created": record.created,
         }
         if record.exc_info and record.exc_info[0] is not None:
@@ -192,10 +196,7 @@ class _PipeHandler(logging.Handler):
         self._pipe = pipe
 
     def emit(self, record: logging.LogRecord) -> None:
-        try:
-            self._pipe.send_record(record)
-        except Exception:  # noqa: BLE001 - a record whose arguments do not fit; logging never raises
-            self._pipe._unsaid += 1
+        self._pipe.send_record(record)
 
 
 _plain = logging.Formatter()

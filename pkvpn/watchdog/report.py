@@ -142,25 +142,24 @@ def encode(report: Mapping[str, Any], limit: int = MAX_REPORT) -> bytes:
 
 
 def _halve_longest(report: Report) -> None:
-    """Make the field that takes most room half as long."""
-    key = max(report, key=lambda name: len(json.dumps(report[name], default=str)))
+    """Make the field that takes most room half as long; what is short already goes altogether,
+    because the mark of a cut has a length too."""
+    key = _longest(report)
     value = report[key]
-    if isinstance(value, str):
-        # The mark itself has a length: what is short already goes altogether.
-        report[key] = cut(value, len(value) // 2) if len(value) > 200 else "(cut)"
-    elif isinstance(value, Mapping) and value:
+    if isinstance(value, str) and len(value) > 200:
+        report[key] = cut(value, len(value) // 2)
+    elif isinstance(value, dict) and len(value) > 0:
         value = dict(value)
-        longest = max(value, key=lambda name: len(json.dumps(value[name], default=str)))
-        entry = value[longest]
-        if isinstance(entry, str) and len(entry) > 200:
-            value[longest] = cut(entry, len(entry) // 2)
-        else:
-            del value[longest]
+        _halve_longest(value)
         report[key] = value
-    elif isinstance(value, list | tuple) and value:
-        report[key] = list(value[(len(value) + 1) // 2 :])  # the newest are at the end
+    elif isinstance(value, list) and len(value) > 1:
+        report[key] = value[(len(value) + 1) // 2 :]  # the newest are at the end
     else:
         del report[key]
+
+
+def _longest(report: Report) -> str:
+    return max(report, key=lambda name: len(json.dumps(report[name], default=str)))
 
 
 # Where the child stood

@@ -142,10 +142,12 @@ def kill_tree(
             first = False
             watchdog = _find_watchdog(runtime_dir, lock_path, holders)
             if watchdog is not None:
-                _kill_members([watchdog], members, "watchdog", deadline, result, log)
+                _kill_members(
+                    [watchdog], members, "watchdog", deadline=deadline, result=result, log=log
+                )
                 members.pop(watchdog, None)
                 _add_members(members, set(instance.holders(lock_path)))
-        _kill_members(list(members), members, "remaining", deadline, result, log)
+        _kill_members(list(members), members, "remaining", deadline=deadline, result=result, log=log)
         members = {}
         left = set(instance.holders(lock_path)) - set(result.survived)
         if not left or time.monotonic() >= deadline:
@@ -204,6 +206,7 @@ def _kill_members(
     pids: list[int],
     identities: dict[int, tuple[int, str] | None],
     role: str,
+    *,
     deadline: float,
     result: KillResult,
     log: Callable[[str], None],
@@ -252,7 +255,7 @@ def sweep_leftovers(
             _add_members(members, set(instance.holders(lock_path)) - set(result.survived))
             if not members:
                 break
-            _kill_members(list(members), members, "left over", deadline, result, log)
+            _kill_members(list(members), members, "left over", deadline=deadline, result=result, log=log)
             if time.monotonic() >= deadline:
                 break
     finally:
