@@ -45,6 +45,12 @@ MAX_MESSAGE = 65536
 MAX_REQUEST = MAX_MESSAGE - 21
 MAX_BLOCKS = MAX_MESSAGE - 9
 
+# The longest blob of a State: it has its place in the edge's checkpoint.
+MAX_BLOB = 2048
+
+# The longest reply of a State.
+MAX_REPLY = 61440
+
 # 0 is nobody: no connection has it.
 NOBODY = 0
 
@@ -308,12 +314,12 @@ class State(NamedTuple):
 
     conn: int
     number: int  # of the Request it answers, or the last one plus 1 if nobody asked (a kick)
-    reply: bytes  # to the client, before anything else
+    reply: bytes  # to the client, before anything else; at most MAX_REPLY bytes
     mode: Mode  # from now on
     close: str  # why, or "" to keep it
     timeout: float  # T of the data phase in seconds; 0: no keep-alives, no limit
     key_update: bool  # a TLS KeyUpdate follows the reply in the same send
-    blob: bytes  # kept for the core, comes back in a Replay
+    blob: bytes  # kept for the core, comes back in a Replay; at most MAX_BLOB bytes
 
 
 class Flow(NamedTuple):
@@ -368,6 +374,8 @@ def encode(message: FromEdge | FromCore) -> bytes:
 
     Raises ChannelError if a field breaks its rule or the whole is longer than MAX_MESSAGE.
     """
+    if isinstance(message, State):
+        _check_state(message)
     kind, layout = _LAYOUTS[type(message)]
     parts: list[Bytes] = [U8.pack(kind)]
     try:
@@ -412,7 +420,15 @@ def _decode(kinds: _Kinds, data: bytes) -> Any:
         raise ChannelError(f"{cls.__name__} has a text that is not UTF-8") from None
     if at != len(data):
         raise ChannelError(f"{cls.__name__} has {len(data) - at} bytes too many")
-    return cls(*values)
+    message = cls(*values)
+    if isinstance(message, State):
+        _check_state(message)
+    return message
+
+
+def _check_state(state: State) -> None:
+    if len(state.blob) > MAX_BLOB or len(state.reply) > MAX_REPLY:
+        raise ChannelError(f"a blob of {len(state.blob)}, a reply of {len(state.reply)} bytes")
 
 
 # --- blocks -------------------------------------------------------------------------------------

@@ -131,6 +131,8 @@ def test_kinds_are_not_used_twice() -> None:
         channel.Request(1, -1, b""),
         channel.Frames(1, bytes(channel.MAX_BLOCKS + 1)),
         channel.Hello(256, 0),
+        channel.State(1, 1, bytes(61441), Mode.HTTP, "", 0.0, False, b""),
+        channel.State(1, 1, b"", Mode.HTTP, "", 0.0, False, bytes(2049)),
         *(
             channel.State(1, 1, b"", Mode.HTTP, "", timeout, False, b"")
             for timeout in (-1.0, math.inf, math.nan)
