@@ -258,8 +258,8 @@ class Watchdog:
         "The limit of open files lowers it further.",
     )
     crash_reports_max: int = _count(50, 1, 10000, "How many crash reports are kept.")
-    crash_report_bytes: int = _count(
-        262144, 4096, 16777216, "The largest crash report; longer ones are cut.", " (bytes)"
+    crash_reports_max_bytes: int = _count(
+        5242880, 65536, 1073741824, "How much room they may take together.", " (bytes)"
     )
     journal_max_bytes: int = _count(
         1048576, 4096, 1073741824, "Size at which a file of the journal is closed.", " (bytes)"
@@ -361,10 +361,6 @@ class Settings:
     @property
     def pid_file(self) -> Path:
         return self.service.runtime_dir / "pid"
-
-    @property
-    def journal_dir(self) -> Path:
-        return self.service.state_dir / "journal"
 
     @property
     def crashes_dir(self) -> Path:

@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -135,9 +136,8 @@ def _run(args: argparse.Namespace) -> int:
     }
     if "password_stdin" in args:
         _add_proof(request, args)
-    ask_core = _who_answers(settings, args.verb)
-    name = f"{args.verb}.{args.what}"
-    answer = _all_pages(ask_core, name, request, verb.pages)
+    with _who_answers(settings, args.verb) as ask_core:
+        answer = _all_pages(ask_core, f"{args.verb}.{args.what}", request, verb.pages)
     if args.json:
         print(json.dumps(answer, indent=2))
     else:
@@ -174,10 +174,12 @@ def _password(name: str, *, from_stdin: bool) -> str:
     return password
 
 
-def _who_answers(settings: Settings, noun: str) -> Ask:
-    """Return what answers requests: the running core, or its code on the database."""
+@contextmanager
+def _who_answers(settings: Settings, noun: str) -> Iterator[Ask]:
+    """Yield what answers requests: the running core, or its code on the database."""
     if is_running(settings):
-        return lambda verb, args: _ask_core(settings, verb, args)
+        yield lambda verb, args: _ask_core(settings, verb, args)
+        return
     if noun in _LIVE:
         raise Refusal(f"the service is not running, so it has no {noun}s", NOT_RUNNING)
     from pkvpn.core.control import Control, Refused
@@ -185,17 +187,10 @@ def _who_answers(settings: Settings, noun: str) -> Ask:
 
     make_directories(settings)
     try:
-        control = Control(Store(str(settings.service.state_dir)))
-    except StoreError as error:
+        with closing(Store(str(settings.service.state_dir))) as store:
+            yield Control(store).answer
+    except (Refused, StoreError) as error:
         raise Refusal(str(error)) from None
-
-    def answer(verb: str, args: dict[str, Any]) -> Any:
-        try:
-            return control.answer(verb, args)
-        except Refused as error:
-            raise Refusal(str(error)) from None
-
-    return answer
 
 
 def _ask_core(settings: Settings, verb: str, args: dict[str, Any]) -> Any:

@@ -25,7 +25,7 @@ def _count(text: str) -> int:
 def _events(args: argparse.Namespace) -> int:
     from pkvpn.watchdog.journal import follow, read_entries, render
 
-    directory = str(load(args.config).journal_dir)
+    directory = str(load(args.config).service.state_dir)
 
     def show(entry: dict[str, Any]) -> None:
         print(json.dumps(entry) if args.json else render(entry), flush=args.follow)
