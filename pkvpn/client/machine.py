@@ -356,6 +356,8 @@ class Comeback:
         self.session = welcome
         self._failures = 0
         self._heard_at = now
+        # The first resumption comes at once, however short ago the login was.
+        self._dialled_at = now - self._retry
 
     def heard(self, now: float) -> None:
         """To be called when something came in the data phase."""

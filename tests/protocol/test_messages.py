@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from ipaddress import IPv4Address
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -25,6 +26,7 @@ from pkvpn.protocol.messages import (
 )
 from pkvpn.protocol.pack import Element, Kind, Pack, Value
 
+DATA = Path(__file__).parent.parent / "data" / "protocol"
 RANDOM = bytes(range(20))
 KEY = bytes(range(0x40, 0x54))
 
@@ -175,6 +177,27 @@ def test_noop_and_admin() -> None:
     pack.put_str("method", "admin")
     pack.put_data("secure_password", KEY)
     assert messages.read_client_message(pack) == messages.Admin(KEY)
+
+
+def recorded(name: str) -> Pack:
+    raw = bytes.fromhex((DATA / f"{name}.hex").read_text())
+    assert Pack.decode(raw).encode() == raw
+    return Pack.decode(raw)
+
+
+def test_what_the_real_server_sends() -> None:
+    hello = Hello.from_pack(recorded("hello"))
+    assert (hello.version, hello.build) == (messages.VERSION, messages.BUILD)
+    assert hello.product.startswith("SoftEther VPN Server")
+    welcome = Welcome.from_pack(recorded("welcome"))
+    assert (welcome.session_name, welcome.timeout) == ("SID-U1-5", 20.0)
+    assert (welcome.use_encrypt, welcome.half_connection) == (True, False)
+    assert set(welcome.policy) == set(messages.POLICY)
+    assert dict(welcome.policy) == dict(messages.POLICY)
+    reply = recorded("additional-reply")
+    assert AdditionalReply.from_pack(reply) == AdditionalReply(Direction.BOTH)
+    assert ErrorReply.find(reply) is None
+    assert ErrorReply.find(recorded("refusal")) == ErrorReply(ErrorCode.AUTH_FAILED)
 
 
 def without(raw: bytes, name: str) -> Pack:

@@ -1,0 +1,1 @@
+"""Our client against a scripted server, and against the real one."""
