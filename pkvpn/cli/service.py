@@ -27,6 +27,9 @@ STOPPED = "PacketiX VPN Server Service Stopped."
 # What the watchdog promises is 0.1 s; an overloaded machine gets some more.
 ANSWER_TIMEOUT = 2.0
 
+# What `start` waits for news beyond the time that a child has for its start.
+_PATIENCE = 5.0
+
 # What children of a dead watchdog promise is 1 s.
 _NOTICE_TIMEOUT = 2.0
 
@@ -155,7 +158,7 @@ def _last_word(settings: Settings, answers: int) -> dict[str, Any]:
 
     The time-out counts from the last news, so that slow steps add up and silence does not.
     """
-    patience = settings.watchdog.start_timeout + 5.0
+    patience = settings.watchdog.start_timeout + _PATIENCE
     deadline = time.monotonic() + patience
     progress, waiting = "nothing yet", b""
     while True:

@@ -1,0 +1,91 @@
+"""A watchdog that only has what the command line sees of it: locks, pid file, control socket.
+
+    fake_service.py RUNTIME_DIR STOP_TAKES [ready-fd]
+
+STOP_TAKES are the seconds between the request to stop and its end; "never" ignores the request.
+With a ready-fd it says on it that it is ready, as execsvc does.
+"""
+
+import json
+import os
+import selectors
+import signal
+import sys
+import time
+from typing import Any
+
+from pkvpn.watchdog import control, instance
+
+STATUS: dict[str, Any] = {
+    "state": "running",
+    "mode": "user",
+    "watchdog": {"pid": os.getpid(), "uptime": 3725.0},
+    "children": [
+        {
+            "name": "core",
+            "pid": 4242,
+            "state": "up",
+            "why": "crash",
+            "verdict": "ok",
+            "restarts": 3,
+            "uptime": 75.5,
+            "last_beat_age": 0.112,
+            "loop_lag": 0.002,
+            "cpu": 1.5,
+            "rss": 31457280,
+            "fds": 17,
+        },
+        {"name": "edge-1", "pid": None, "state": "backoff", "restarts": 9},
+    ],
+    "listeners": [
+        {"address": "0.0.0.0", "port": 8888, "state": "listening", "error": ""},
+        {"address": "::", "port": 443, "state": "refused", "error": "Permission denied"},
+    ],
+}
+
+
+def main(runtime: str, stop_takes: str, ready_fd: int | None) -> None:
+    lock = instance.InstanceLock.acquire(os.path.join(runtime, "lock"))
+    if lock is None:
+        raise SystemExit("the lock is taken")
+    pid_file = os.path.join(runtime, "pid")
+    instance.write_pid_file(pid_file)
+    end_at = float("inf")
+
+    def stop() -> None:
+        nonlocal end_at
+        STATUS["state"] = "stopping"
+        if stop_takes != "never":
+            end_at = min(end_at, time.monotonic() + float(stop_takes))
+
+    def answer(verb: str, args: dict[str, Any]) -> Any:
+        if verb == "status":
+            return STATUS
+        if verb == "stop":
+            stop()
+            return {"stopping": True}
+        if verb == "reload":
+            return {"replaced": ["edge-1"]}
+        raise control.ControlError(f"not now: {verb}")
+
+    signal.signal(signal.SIGTERM, lambda *_: stop())
+    waker, wake = os.pipe()
+    os.set_blocking(wake, False)
+    signal.set_wakeup_fd(wake)
+    selector = selectors.DefaultSelector()
+    selector.register(waker, selectors.EVENT_READ)
+    listener = control.listen(os.path.join(runtime, "control.sock"))
+    server = control.ControlServer(listener, selector, answer)
+    if ready_fd is not None:
+        word = {"ready": True, "pid": os.getpid(), "listeners": STATUS["listeners"]}
+        os.write(ready_fd, json.dumps(word).encode() + b"\n")
+        os.close(ready_fd)
+    while time.monotonic() < end_at:
+        for key, mask in selector.select(min(0.5, end_at - time.monotonic())):
+            if not server.handle(key, mask):
+                os.read(waker, 100)
+    os.unlink(pid_file)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]) if len(sys.argv) > 3 else None)
