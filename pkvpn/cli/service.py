@@ -116,6 +116,9 @@ def _launch(settings: Settings) -> dict[str, Any]:
         os.close(word)
     try:
         return _last_word(settings, answers)
+    except KeyboardInterrupt:
+        complain("interrupted; the service goes on with its start: look at `status`")
+        raise
     finally:
         os.close(answers)
 
@@ -215,10 +218,14 @@ def _no_arguments(_parser: argparse.ArgumentParser) -> None:
 def _stop(args: argparse.Namespace) -> int:
     settings = load_settings(args.config)
     if not is_running(settings):
-        print("The service is not running.")
-        return OK
+        return _not_running()
     _stop_and_wait(settings)
     print(STOPPED)
+    return OK
+
+
+def _not_running() -> int:
+    print("The service is not running.")
     return OK
 
 
@@ -296,6 +303,8 @@ def _restart(args: argparse.Namespace) -> int:
     if is_running(settings):
         _stop_and_wait(settings)
         print(STOPPED, flush=True)
+    elif args.verb == "try-restart":
+        return _not_running()
     return _start(argparse.Namespace(config=args.config, foreground=False))
 
 
@@ -316,7 +325,7 @@ _REQUESTS = {
 
 def _request(args: argparse.Namespace) -> int:
     settings = load_settings(args.config)  # a file that is wrong is refused here already
-    verb: str = args.verb
+    verb = "upgrade" if args.verb == "upgrade" else "reload"
     if not is_running(settings):
         raise Refusal("the service is not running", NOT_RUNNING)
     request = _REQUESTS[verb]
@@ -362,7 +371,9 @@ COMMANDS = {
     "start": Command(_start_arguments, _start),
     "stop": Command(_no_arguments, _stop),
     "restart": Command(_no_arguments, _restart),
+    "try-restart": Command(_no_arguments, _restart),
     "reload": Command(_no_arguments, _request),
+    "force-reload": Command(_no_arguments, _request),
     "upgrade": Command(_no_arguments, _request),
     "execsvc": Command(_execsvc_arguments, _execsvc),
 }

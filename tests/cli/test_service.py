@@ -174,6 +174,7 @@ def test_requests_are_passed_on_and_refusals_are_told(
     assert place.vpnserver("reload") == NOT_RUNNING
     place.fake()
     assert place.vpnserver("reload") == OK
+    assert place.vpnserver("force-reload") == OK
     assert place.vpnserver("upgrade") == 1
     assert "not now: upgrade" in capsys.readouterr().err
 
