@@ -200,6 +200,30 @@ def test_what_the_real_server_sends() -> None:
     assert ErrorReply.find(recorded("refusal")) == ErrorReply(ErrorCode.AUTH_FAILED)
 
 
+def test_what_the_stock_client_sends() -> None:
+    login = messages.read_client_message(recorded("stock-login"))
+    assert isinstance(login, Login)
+    assert (login.hub, login.user, login.auth_type) == ("T", "u1", AuthType.PASSWORD)
+    assert len(login.secure_password) == 20
+    assert (login.use_encrypt, login.use_compress, login.half_connection) == (True, False, False)
+    assert (login.qos, login.max_connection) == (True, 1)
+    assert login.machine_id == RANDOM
+    assert login.client_id == RANDOM[:16]
+    assert login.client == "SoftEther VPN Client Developer Edition"
+    assert login.node == Node(
+        product="SoftEther VPN Client Developer Edition",
+        product_version=501,
+        product_build=9674,
+        hostname="client",
+        os="Debian GNU/Linux",
+        os_version="12 (bookworm)",
+        address=IPv4Address("10.99.0.11"),
+        port=58710,
+    )
+    more = messages.read_client_message(recorded("stock-additional-connect"))
+    assert more == AdditionalConnect(KEY, login.client)
+
+
 def without(raw: bytes, name: str) -> Pack:
     return Pack(e for e in Pack.decode(raw).elements() if e.name != name)
 

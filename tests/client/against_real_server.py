@@ -1,0 +1,56 @@
+"""What our client must manage with SoftEther's own server; run by `test_real_server`.
+
+It stands alone because it runs in a network namespace, where the server is.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack, closing
+
+import pytest
+
+from pkvpn.client.machine import Credentials
+from pkvpn.client.session import LoginRefused, VpnClient
+
+HOST, PORT = "127.0.0.1", 443
+A, B = b"\x02aaaaa", b"\x02bbbbb"
+
+
+def main() -> None:
+    with ExitStack() as stack:
+        a = stack.enter_context(closing(VpnClient(HOST, PORT, "T", "u1", "pw1")))
+        plain = Credentials.with_plain_password("t", "U2", "pw2")
+        b = stack.enter_context(closing(VpnClient(HOST, PORT, "", "", credentials=plain)))
+        a.connect(10)
+        b.connect(10)
+        to_all = b"\xff" * 6 + A + b"\x88\xb5" + bytes(46)
+        to_a = A + B + b"\x88\xb5" + bytes(46)
+        a.send([to_all])
+        assert b.receive(5) == [to_all]
+        b.send([to_a])
+        assert a.receive(5) == [to_a]
+
+        # Not a cut: the server itself is poisoned by an end without close_notify.
+        assert a._tls is not None
+        try:
+            a._tls.unwrap()
+        except OSError:
+            pass
+        until = time.monotonic() + 5
+        while not a.resumptions:
+            assert time.monotonic() < until, (a.stage, a.error)
+            a.receive(0.1)
+        assert a.logins == 1
+        b.send([to_a])
+        assert a.receive(5) == [to_a]
+
+    for hub, user, code in (("T", "u1", 9), ("T", "nobody", 9), ("none", "u1", 8)):
+        with closing(VpnClient(HOST, PORT, hub, user, "wrong")) as client:
+            with pytest.raises(LoginRefused) as caught:
+                client.connect(10)
+            assert (caught.value.code, client.stage) == (code, "login")
+
+
+if __name__ == "__main__":
+    main()
