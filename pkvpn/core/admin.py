@@ -102,10 +102,9 @@ class StoreThread(threading.Thread):
         self._stop_read, self._stop_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._failing = ""
 
-    def end(self, timeout: float) -> None:
-        """Ask it to end and wait for it, at most so long."""
+    def ask_to_end(self) -> None:
+        """It ends when it has answered what it is at."""
         os.close(self._stop_write)
-        self.join(timeout)
 
     def run(self) -> None:
         """Until the end is asked for."""

@@ -123,6 +123,8 @@ class Hub:
         self.flows = FlowBook()
         self.macs_not_learnt = 0
         self._next_port = 1
+        # Since the last switch began: an address was learnt where another entry of it was not.
+        self._moved = False
         # Where the last flood went, and from whom; None: find out.
         self._flooding: Port | None = None
         self._flooded_to: tuple[Port, ...] = _NOWHERE
@@ -222,6 +224,12 @@ class Hub:
             self._end_run(runs, ports, start, end, frames)
         sender.frames_in += total
         sender.bytes_in += end - 4 * total
+        if self._moved:
+            # A later frame may have moved what an earlier one was sent to.
+            self._moved = False
+            candidates = {
+                key: port for key, port in candidates.items() if self._holds(key, sender, port)
+            }
         return runs, candidates
 
     def _decide(
@@ -239,7 +247,7 @@ class Hub:
             if port is sender:
                 return _NOWHERE, False, Drop.SAME_PORT
             if port is not None:
-                if self.macs.agreed(destination, port) and self.macs.agreed(source, sender):
+                if self._holds(macs, sender, port):
                     candidates[macs] = port
                 return port.only, False, None
         if sender.tokens < 1.0:
@@ -254,11 +262,13 @@ class Hub:
                 self.macs_not_learnt += 1
                 # Known elsewhere, and this port may not take it: it is nowhere for sure.
             case Learnt.MOVED:
+                self._moved = True
                 self._withdraw(key[:6])
             case Learnt.NEW:
                 # The same MAC under another tag, perhaps behind another port.  A flow does not
                 # look at tags.
                 if not self.macs.agreed(key[:6], port):
+                    self._moved = True
                     self._withdraw(key[:6])
 
     def _others(self, sender: Port) -> tuple[Port, ...]:
@@ -320,9 +330,22 @@ class Hub:
             return None
         self._learn(source, sender, now)
         port = self.macs.find(destination, now)
-        if port is None or port is sender or not self.macs.agreed(destination, port):
+        if port is None or port is sender or not self._holds(key, sender, port):
             return None
-        return port if self.macs.agreed(source, sender) else None
+        return port
+
+    def _holds(self, key: bytes, sender: Port, port: Port) -> bool:
+        """Do frames with these MACs go from here to there, whatever their tags, and both are known?
+
+        What is not known here could turn up elsewhere, and nothing would withdraw the flow.
+        """
+        destination, source = key[:6], key[6:]
+        return (
+            self.macs.agreed(destination, port)
+            and self.macs.agreed(source, sender)
+            and self.macs.knows(destination)
+            and self.macs.knows(source)
+        )
 
     def connection_gone(self, conn: int) -> bool:
         """No flow from or to this connection holds any more; True if there was one."""

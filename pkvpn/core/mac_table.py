@@ -94,6 +94,10 @@ class MacTable(Generic[P]):
             return True
         return all(entries[key].port is port for key in self._tagged.get(mac, ()))
 
+    def knows(self, mac: bytes) -> bool:
+        """Is there an entry of the MAC, with any tag or none?"""
+        return mac in self._entries or mac in self._tagged
+
     def forget_port(self, port: P) -> list[bytes]:
         """Remove all of a port; the keys."""
         keys = list(self._of_port.pop(port, ()))

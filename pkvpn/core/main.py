@@ -43,9 +43,11 @@ from pkvpn.core.flows import KnownFlow
 from pkvpn.core.hub import Drop, Hub, Port, Run
 from pkvpn.core.link import Link
 from pkvpn.core.login import CANARY_HUB, CANARY_HUB_ID, RANDOM_SIZE, LoginDesk, Outcome, address_key
+from pkvpn.core.poison import SIZE as MARK_SIZE
+from pkvpn.core.poison import Mark
 from pkvpn.core.session import Session, SessionKeys, Sessions
 from pkvpn.core.settings import CoreSettings
-from pkvpn.core.store import Accounts, Change, HubRecord, Store, StoreError, session_secret
+from pkvpn.core.store import Accounts, Change, Store, StoreError, session_secret
 from pkvpn.protocol.messages import Direction
 from pkvpn.watchdog.child import Child
 
@@ -53,12 +55,18 @@ _log = logging.getLogger("pkvpn.core")
 
 _CANARY_SECRET_SIZE = 32
 
+# The key under which the watchdog keeps the memory of `poison`.
+_MARK_KEY = b"core mark"
+
 # Frames of connections that were not replayed yet.
 _MAX_EARLY_FRAMES = 4 << 20
 # Requests that wait until this core knows what there is.
 _MAX_EARLY_REQUESTS = 4096
 # How long after a replay an edge may still name flows that an earlier core has taught it.
 _OLD_FLOWS_TIMEOUT = 2.0
+
+# How long the end waits for the store thread, which may wait for the disk.
+_END_TIMEOUT = 2.0
 
 _TICK = 1.0
 _AGEING_TICK = 5.0
@@ -122,6 +130,8 @@ class Core:
         self._lost: dict[str, int] = {}  # frames and requests that belong to no port
         self._switched = child.duty("switch")
         self._logged_in = child.duty("login")
+        self._mark = _take_mark(child)
+        self._poisoned = self._mark.judge(now)
         self._calls = Calls()
         fds = child.held("channel:core")
         self._links = [
@@ -150,9 +160,15 @@ class Core:
             self._child.ready()
             self._loop()
         finally:
-            thread.end(self._settings.replay_timeout)
+            thread.ask_to_end()
+            # It may be waiting for something that only this loop can do.
+            deadline = time.monotonic() + _END_TIMEOUT
+            while thread.is_alive() and time.monotonic() < deadline:
+                self._calls.run()
+                thread.join(0.01)
             self._selector.close()
             self._calls.close()
+            self._mark.close()
             for link in self._links:
                 link.close()
 
@@ -217,12 +233,14 @@ class Core:
         try:
             message = channel.decode_from_edge(data)
         except ChannelError as error:
-            _log.error("edge-%d said what is no message: %s", link.index, error)  # noqa: TRY400
+            _log.error("edge-%d said what is no message: %s", link.index, error)
             return
         match message:
             case Frames(conn, blocks):
                 self._switched.done += 1
+                self._mark.begin(conn, 0)
                 self._hear_frames(conn, bytes(blocks), now)
+                self._mark.end()
             case Counts():
                 self._hear_counts(message)
             case FlowSeen(conn, key):
@@ -266,6 +284,11 @@ class Core:
             return
         # The edge counts what it has applied; a core that took over has that from the replay.
         connection.number = request.number - 1
+        if request.conn == self._poisoned:
+            _log.error("%s: closed: cores died of its requests", connection.peer)
+            self._answer(connection, Outcome(close="cores died of it"))
+            return
+        self._mark.begin(request.conn, request.number)
         outcome = self._desk.answer(
             connection.blob,
             address_key(connection.peer),
@@ -282,6 +305,7 @@ class Core:
         if outcome.session is not None:
             self._join(connection, outcome.session, connection.blob.direction, now)
         self._answer(connection, outcome)
+        self._mark.end()
 
     def _answer(self, connection: Connection, outcome: Outcome) -> None:
         blob = connection.blob
@@ -409,10 +433,14 @@ class Core:
         try:
             connection.blob = blobs.decode(replay.blob)
         except BlobError as error:
-            _log.error("%s: cannot be adopted: %s", replay.peer, error)  # noqa: TRY400
+            _log.error("%s: cannot be adopted: %s", replay.peer, error)
             self._close(replay.conn, "adopted in a state that cannot be read", now)
             return
         if connection.blob.stage is Stage.IN_SESSION:
+            if replay.conn == self._poisoned:
+                _log.error("%s: closed: cores died of its frames", replay.peer)
+                self._close(replay.conn, "cores died of it", now)
+                return
             session = self._desk.restore(connection.blob, now)
             if session is None:
                 self._close(replay.conn, "its session is not allowed any more", now)
@@ -432,6 +460,9 @@ class Core:
         link.replayed = True
         link.replayed_at = now
         self._desk.loading = not all(one.replayed for one in self._links)
+        if not self._desk.loading:
+            self._early_frames.clear()
+            self._early_size = 0
         # What the edge lost when it was replaced, then what it has and we do not know.
         for connection in self._connections.values():
             if connection.link is link and connection.hub is not None:
@@ -453,9 +484,6 @@ class Core:
         requests, self._early_requests = self._early_requests, []
         for link, request in requests:
             self._hear_request(link, request, now)
-        if not loading:
-            self._early_frames.clear()
-            self._early_size = 0
 
     # --- frames
 
@@ -468,9 +496,10 @@ class Core:
         runs, candidates = hub.switch(port, blocks, now)
         for run in runs:
             self._deliver(port, run, blocks)
+        # In this order: what has moved may be taught anew at once.
+        self._withdraw(hub)
         if candidates:
             self._teach(connection, hub, port, candidates, now)
-        self._withdraw(hub)
 
     def _keep_early(self, conn: int, blocks: bytes, *, known: bool) -> None:
         """Frames of a connection whose replay has not come yet."""
@@ -576,7 +605,8 @@ class Core:
             record = self._accounts.bridges.get(device)
             if record is None or self._hubs.get(record.hub_id) is not hub:
                 del self._taps[device]
-                self._selector.unregister(tap.fd)
+                if tap.state == "open":
+                    self._selector.unregister(tap.fd)
                 hub.leave(port)
                 self._withdraw(hub)
         for record in self._accounts.bridges.values():
@@ -776,6 +806,20 @@ class Core:
 
 def _names(drops: dict[Drop, int]) -> dict[str, int]:
     return {why.value: count for why, count in drops.items()}
+
+
+def _take_mark(child: Child) -> Mark:
+    """The mark of the core before us, or a new one for the core after us."""
+    kept = child.given().get(_MARK_KEY)
+    if kept is not None:
+        return Mark(kept)
+    fd = os.memfd_create("core-mark", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(fd, MARK_SIZE)
+        child.give(_MARK_KEY, fd)
+        return Mark(fd)
+    finally:
+        os.close(fd)
 
 
 def _canary_password(child: Child) -> str:
