@@ -5,6 +5,9 @@ It stands alone because it runs in a network namespace, where the server is.
 
 from __future__ import annotations
 
+import socket
+import subprocess
+import sys
 import time
 from contextlib import ExitStack, closing
 
@@ -12,8 +15,10 @@ import pytest
 
 from pkvpn.client.machine import Credentials
 from pkvpn.client.session import LoginRefused, VpnClient
+from tests.support import eventually
 
 HOST, PORT = "127.0.0.1", 443
+TAP = "pktest0"
 A, B = b"\x02aaaaa", b"\x02bbbbb"
 
 
@@ -50,6 +55,44 @@ def main() -> None:
             with pytest.raises(LoginRefused) as caught:
                 client.connect(10)
             assert (caught.value.code, client.stage) == (code, "login")
+
+    connect_verb()
+
+
+def has_tap() -> bool:
+    # Not /sys: that one shows the interfaces of the namespace where it was mounted.
+    return TAP in (name for _, name in socket.if_nameindex())
+
+
+def connect_verb() -> None:
+    """A TAP of the verb `connect` answers the ARP of another client, both ways a frame."""
+    words = ["--server", HOST, "--hub", "T", "--user", "u2", "--tap", TAP, "--password-stdin"]
+    verb = subprocess.Popen(
+        [sys.executable, "-m", "pkvpn", "connect", *words], stdin=subprocess.PIPE, text=True
+    )
+    try:
+        assert verb.stdin is not None
+        verb.stdin.write("pw2\n")
+        verb.stdin.close()
+        eventually(has_tap)
+        subprocess.run(["ip", "addr", "add", "10.5.0.1/24", "dev", TAP], check=True)
+        with closing(VpnClient(HOST, PORT, "T", "u1", "pw1")) as client:
+            client.connect(10)
+            question = bytes.fromhex("0001080006040001") + A + bytes([10, 5, 0, 2])
+            question += bytes(6) + bytes([10, 5, 0, 1])
+            asked = b"\xff" * 6 + A + b"\x08\x06" + question
+
+            def answered() -> bool:
+                client.send([asked])
+                return any(f[:6] == A and f[12:14] == b"\x08\x06" for f in client.receive(0.2))
+
+            eventually(answered)
+        verb.terminate()
+        assert verb.wait(5) == 0
+        assert not has_tap()
+    finally:
+        verb.kill()
+        verb.wait()
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ exec "$PYTHON" -m tests.client.against_real_server
 @pytest.mark.root
 @pytest.mark.netns
 @pytest.mark.softether
-def test_login_frames_resumption_and_refusals() -> None:
+def test_login_frames_resumption_refusals_and_the_verb_connect() -> None:
     namespaces = ["--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
     done = subprocess.run(
         ["unshare", *namespaces, "bash", "-c", SCRIPT],
