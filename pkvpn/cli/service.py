@@ -60,7 +60,8 @@ def _start(args: argparse.Namespace) -> int:
         return execsvc(settings, ready_fd=None, foreground=True, check=False)
     answer = _launch(settings)
     if "already" in answer:
-        return _already(int(answer["already"]))
+        # Another start was quicker.  It may not serve yet, and we promise that it does.
+        return _already(_wait_while_it_changes(settings) or int(answer["already"]))
     if "error" in answer:
         complain(f"the service did not start: {answer['error']}")
         return int(answer.get("code", FAILED))
@@ -134,7 +135,10 @@ def _spawn_detached(command: list[str], *, keep: int) -> None:
     The second fork makes it a child of init and not the leader of its session, so it can never
     get a terminal again.
     """
-    between = os.fork()
+    try:
+        between = os.fork()
+    except OSError as error:
+        raise Refusal(f"the service did not start: no process could be made: {error}") from None
     if between:
         _, status = os.waitpid(between, 0)
         if status:
@@ -149,6 +153,9 @@ def _spawn_detached(command: list[str], *, keep: int) -> None:
             nothing = os.open(os.devnull, os.O_RDWR)
             for number in range(3):
                 os.dup2(nothing, number)
+            # Whoever started us may wait for the end of a pipe that we have got from him.
+            os.closerange(3, keep)
+            os.closerange(keep + 1, os.sysconf("SC_OPEN_MAX"))
             os.set_inheritable(keep, True)
             os.execv(command[0], command)
     finally:

@@ -262,6 +262,19 @@ def test_start_detaches_the_service_and_tells_what_was_refused(
 
 
 @pytest.mark.usefixtures("launches_a_fake")
+def test_the_service_keeps_nothing_open_of_whoever_started_it(place: Place) -> None:
+    read, write = os.pipe()
+    os.set_inheritable(write, True)
+    try:
+        assert place.vpnserver("start") == OK
+        os.close(write)
+        assert os.read(read, 1) == b""
+    finally:
+        os.close(read)
+        assert place.vpnserver("stop") == OK
+
+
+@pytest.mark.usefixtures("launches_a_fake")
 def test_start_waits_for_a_stop_that_is_under_way(
     place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
