@@ -147,7 +147,9 @@ def kill_tree(
                 )
                 members.pop(watchdog, None)
                 _add_members(members, set(instance.holders(lock_path)))
-        _kill_members(list(members), members, "remaining", deadline=deadline, result=result, log=log)
+        _kill_members(
+            list(members), members, "remaining", deadline=deadline, result=result, log=log
+        )
         members = {}
         left = set(instance.holders(lock_path)) - set(result.survived)
         if not left or time.monotonic() >= deadline:
@@ -255,7 +257,9 @@ def sweep_leftovers(
             _add_members(members, set(instance.holders(lock_path)) - set(result.survived))
             if not members:
                 break
-            _kill_members(list(members), members, "left over", deadline=deadline, result=result, log=log)
+            _kill_members(
+                list(members), members, "left over", deadline=deadline, result=result, log=log
+            )
             if time.monotonic() >= deadline:
                 break
     finally:

@@ -254,7 +254,6 @@ def test_a_rendered_entry_is_one_line() -> None:
         }
     )
     assert shown == (
-        "2023-11-14 22:13:20.500Z core: verdict blocked | in ?[31mfutex "
-        "(pid=7, gap=1.25, state=up)"
+        "2023-11-14 22:13:20.500Z core: verdict blocked | in ?[31mfutex (pid=7, gap=1.25, state=up)"
     )
     assert render({"event": "x"}) == "? x"
