@@ -12,7 +12,8 @@ import ssl
 from typing import NamedTuple
 
 from pkvpn.edge import tls_records
-from pkvpn.edge.tls_records import Suite
+from pkvpn.edge.rings import Ring
+from pkvpn.edge.tls_records import Alert, Suite, TLSError
 
 # OpenSSL wants some kilobytes for a ClientHello; whoever sends more is no client.
 MAX_HANDSHAKE_BYTES = 65536
@@ -148,3 +149,87 @@ class Handshake:
         """Such as "TLSv1.3 own TLS_AES_256_GCM_SHA384"; ``records``: own or openssl."""
         cipher = self.tls.cipher()
         return f"{self.tls.version()} {records} {cipher[0] if cipher else 'no cipher'}"
+
+
+class OpenSSLRecords:
+    """The records of a connection that stays with OpenSSL, on the same two rings.
+
+    Fulfils `pkvpn.edge.connection.Records`.  What has been opened lies in OpenSSL's and in our
+    heap, so nobody else can go on with such a connection.
+    """
+
+    __slots__ = (
+        "_end",
+        "_incoming",
+        "_outgoing",
+        "_rest",
+        "_rx",
+        "_scratch",
+        "_tls",
+        "_tx",
+        "kind",
+        "peer_closed",
+    )
+
+    def __init__(self, rx: Ring, tx: Ring, shaken: Handshake) -> None:
+        self.kind = "openssl"
+        self.peer_closed = False
+        self._rx = rx
+        self._tx = tx
+        self._tls = shaken.tls
+        self._incoming, self._outgoing = shaken.bios()
+        # Opened and not consumed.
+        self._rest = b""
+        self._scratch = memoryview(b"")
+        self._end = 0
+
+    def open_all(self, scratch: memoryview, at: int, now: float) -> tuple[int, int]:
+        rx = self._rx
+        while rx.start < rx.end:
+            piece = rx.first_piece()
+            self._incoming.write(piece)
+            rx.start += len(piece)
+        end = at + len(self._rest)
+        scratch[at:end] = self._rest
+        try:
+            while True:
+                # A memoryview is taken as any other buffer; typeshed knows of bytearray only.
+                size = self._tls.read(len(scratch) - end, scratch[end:])  # type: ignore[arg-type]
+                if not size:
+                    self.peer_closed = True
+                    break
+                end += size
+        except ssl.SSLWantReadError:
+            pass
+        except ssl.SSLZeroReturnError:
+            self.peer_closed = True
+        except ssl.SSLError as error:
+            raise TLSError(Alert.DECODE_ERROR, error.reason or str(error)) from None
+        self._scratch, self._end = scratch, end
+        return at, end
+
+    def consume(self, to: int) -> int:
+        self._rest = bytes(self._scratch[to : self._end])
+        return 1
+
+    def room(self) -> int:
+        # TLS 1.2 adds 29 bytes to each 16 KiB; the rest is for what must always fit.
+        room = self._tx.room() - 1024
+        return max(0, room - 64 * (room // 16384 + 1))
+
+    def write(self, buffer: memoryview, start: int, end: int) -> None:
+        self._tls.write(buffer[start:end])
+        self._tx.append(self._outgoing.read())
+
+    def key_update(self, *, ask: bool) -> None:
+        """TLS 1.2 has none: its clients are not healed by it, and not poisoned either."""
+
+    def alert(self, description: int) -> None:
+        """Close; OpenSSL has said by itself what was wrong with the peer's bytes."""
+        try:
+            self._tls.unwrap()
+        except ssl.SSLError:
+            pass  # the peer has not answered yet, and need not
+        goodbye = self._outgoing.read()
+        if len(goodbye) <= self._tx.room():
+            self._tx.append(goodbye)
