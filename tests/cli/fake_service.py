@@ -1,4 +1,4 @@
-"""A watchdog that only has what the command line sees of it: locks, pid file, control socket.
+"""A service that only has what the command line sees of it: locks, pid file and two sockets.
 
     fake_service.py RUNTIME_DIR STOP_TAKES [ready-fd]
 
@@ -44,6 +44,20 @@ STATUS: dict[str, Any] = {
 }
 
 
+SESSIONS = [{"name": f"SID-{number}", "user": "u1"} for number in range(5)]
+
+
+def core_answer(verb: str, args: dict[str, Any]) -> Any:
+    """What the core says on its own socket; two sessions in one answer."""
+    if verb == "status":
+        return {"sessions": len(SESSIONS)}
+    if verb == "session.list":
+        names = [session["name"] for session in SESSIONS]
+        first = names.index(args["after"]) + 1 if "after" in args else 0
+        return SESSIONS[first : first + 2]
+    raise control.ControlError(f"{verb} is refused: {json.dumps(args, sort_keys=True)}")
+
+
 def main(runtime: str, stop_takes: str, ready_fd: int | None) -> None:
     lock = instance.InstanceLock.acquire(os.path.join(runtime, "lock"))
     if lock is None:
@@ -75,14 +89,16 @@ def main(runtime: str, stop_takes: str, ready_fd: int | None) -> None:
     selector = selectors.DefaultSelector()
     selector.register(waker, selectors.EVENT_READ)
     listener = control.listen(os.path.join(runtime, "control.sock"))
-    server = control.ControlServer(listener, selector, answer)
+    watchdog = control.ControlServer(listener, selector, answer)
+    admin = control.listen(os.path.join(runtime, "admin.sock"))
+    core = control.ControlServer(admin, selector, core_answer)
     if ready_fd is not None:
         word = {"ready": True, "pid": os.getpid(), "listeners": STATUS["listeners"]}
         os.write(ready_fd, json.dumps(word).encode() + b"\n")
         os.close(ready_fd)
     while time.monotonic() < end_at:
         for key, mask in selector.select(min(0.5, end_at - time.monotonic())):
-            if not server.handle(key, mask):
+            if not (watchdog.handle(key, mask) or core.handle(key, mask)):
                 os.read(waker, 100)
     os.unlink(pid_file)
 

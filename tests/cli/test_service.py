@@ -78,7 +78,7 @@ def test_status_shows_each_child_and_each_listener(
     lines = capsys.readouterr().out.splitlines()
 
     assert lines[0] == (
-        f"Service: running (user mode), watchdog pid {fake.pid}, up 1h02m, sessions: unknown"
+        f"Service: running (user mode), watchdog pid {fake.pid}, up 1h02m, sessions: 5"
     )
     assert lines[2].split()[:3] == ["NAME", "PID", "STATE"]
     assert lines[3].split() == (
@@ -98,7 +98,12 @@ def test_status_as_json_is_the_watchdogs_answer_and_the_sessions(
 
     assert status["watchdog"]["pid"] == fake.pid
     assert status["children"][0]["rss"] == 31457280
-    assert status["sessions"] is None  # there is no core: not known, which is not zero
+    assert status["sessions"] == 5
+
+    (place.runtime / "admin.sock").unlink()
+    assert place.vpnserver("status", "--json") == OK
+    # There is no core: it is not known, which is not zero.
+    assert json.loads(capsys.readouterr().out)["sessions"] is None
 
 
 def test_status_of_a_watchdog_that_hangs_says_so_with_code_4(
@@ -177,6 +182,23 @@ def test_requests_are_passed_on_and_refusals_are_told(
     assert place.vpnserver("force-reload") == OK
     assert place.vpnserver("upgrade") == 1
     assert "not now: upgrade" in capsys.readouterr().err
+
+
+def test_the_running_core_is_asked_and_asked_again_until_a_list_is_complete(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place.fake()
+    assert place.vpnserver("session", "list", "--json") == OK
+    names = [session["name"] for session in json.loads(capsys.readouterr().out)]
+    assert names == [f"SID-{number}" for number in range(5)]
+
+    assert place.vpnserver("session", "list") == OK
+    assert capsys.readouterr().out.splitlines()[:2] == ["NAME   USER", "SID-0  u1"]
+
+    assert place.vpnserver("bridge", "add", "T", "tap0", "--linux-bridge", "br0") == 1
+    assert capsys.readouterr().err == (
+        'vpnserver: bridge.add is refused: {"device": "tap0", "hub": "T", "linux_bridge": "br0"}\n'
+    )
 
 
 def test_tree_shows_the_processes_as_ps_does(
