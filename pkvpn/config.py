@@ -729,13 +729,10 @@ Times are seconds. Service Mode means started by root, User Mode by anybody else
 
 def defaults_document() -> str:
     """Write every key with its default, its limits and its sentence, as Markdown."""
-    parts = [_PREFACE]
+    lines = [_PREFACE, "| section | key | default | allowed | meaning |", "| --- " * 5 + "|"]
     for name, kind in SECTIONS.items():
-        parts += [f"\n## [{name}]\n", "\n| key | default | allowed | meaning |\n"]
-        parts.append("| --- | --- | --- | --- |\n")
         for entry, key in keys_of(kind):
             default = key.shown or f"`{_literal(entry.default)}`"
-            cells = (f"`{entry.name}`", default, key.allowed, key.doc)
-            row = " | ".join(cell.replace("|", "\\|") for cell in cells)
-            parts.append(f"| {row} |\n")
-    return "".join(parts)
+            cells = (f"`[{name}]`", f"`{entry.name}`", default, key.allowed, key.doc)
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"

@@ -49,6 +49,7 @@ PURE = (
     "pkvpn/core/session.py",
     "pkvpn/core/login.py",
     "pkvpn/core/attempts.py",
+    "pkvpn/core/outbox.py",
     "pkvpn/core/certificates.py",
     "pkvpn/core/settings.py",
     "pkvpn/core/blob.py",
