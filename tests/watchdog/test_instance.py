@@ -143,15 +143,14 @@ def test_the_tree_carries_the_lock_and_the_watchdog_the_claim(tmp_path: Path) ->
 def test_who_merely_has_the_file_open_is_no_holder(tmp_path: Path) -> None:
     lock_path = str(tmp_path / "run" / "lock")
     code = "import sys; f = open(sys.argv[1]); print('up', flush=True); sys.stdin.read()"
-    with a_tree(tmp_path / "run") as tree:
-        with subprocess.Popen(
-            ["python3", "-c", code, lock_path],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        ) as other:  # fmt: skip
-            assert other.stdout is not None
-            assert other.stdout.readline() == b"up\n"
-            assert other.pid not in instance.holders(lock_path)
-            assert tree.first in instance.holders(lock_path)
+    with a_tree(tmp_path / "run") as tree, subprocess.Popen(
+        ["python3", "-c", code, lock_path],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as other:  # fmt: skip
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"up\n"
+        assert other.pid not in instance.holders(lock_path)
+        assert tree.first in instance.holders(lock_path)
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ import pytest
 
 from pkvpn.watchdog import procfs
 from tests.support import eventually, process_gone
+from tests.watchdog.trees import removed
 
 NOBODY = 2**22 + 1  # above any pid_max
 
@@ -71,9 +72,9 @@ def test_facts_of_ourselves() -> None:
 def test_running_makes_run_grow_and_sleeping_does_not() -> None:
     with program(SLEEPER) as process:
         assert line_of(process) == "up"
-        first = eventually(
-            lambda: (f := procfs.read_facts(process.pid)) and f.state == "S" and f.wchan and f
-        )
+        eventually(lambda: (f := procfs.read_facts(process.pid)) and f.state == "S" and f.wchan)
+        first = procfs.read_facts(process.pid)
+        assert first is not None
         second = procfs.read_facts(process.pid)
         assert second is not None
         assert second.run_ns == first.run_ns
@@ -83,7 +84,7 @@ def test_running_makes_run_grow_and_sleeping_does_not() -> None:
         assert start is not None
         assert start.run_ns is not None
         grown = start.run_ns + 20_000_000
-        eventually(lambda: ((f := procfs.read_facts(process.pid)) and f.run_ns or 0) > grown)
+        eventually(lambda: (((f := procfs.read_facts(process.pid)) and f.run_ns) or 0) > grown)
 
 
 def test_a_stopped_process_shows_t_and_a_dead_one_z() -> None:
@@ -308,4 +309,4 @@ def test_a_really_frozen_process_shows_it(
             finally:
                 (group / switch).write_text(off)
     finally:
-        eventually(lambda: group.rmdir() is None)
+        eventually(lambda: removed(group))

@@ -15,7 +15,7 @@ import pytest
 
 from pkvpn.watchdog import instance, procfs, sweep
 from tests.support import eventually, process_gone
-from tests.watchdog.trees import TreeOfProcesses, a_tree
+from tests.watchdog.trees import TreeOfProcesses, a_tree, removed
 
 pytestmark = pytest.mark.slow
 
@@ -84,7 +84,8 @@ def test_another_instance_is_left_alone(tmp_path: Path) -> None:
 def test_a_stale_pid_file_kills_nobody(tmp_path: Path) -> None:
     """The pid in it is that of a process that has nothing to do with us."""
     with subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE) as other:
-        identity = eventually(lambda: procfs.read_identity(other.pid))
+        identity = procfs.read_identity(other.pid)
+        assert identity is not None
         run = tmp_path / "run"
         run.mkdir(mode=0o700)
         (run / "pid").write_text(f"{other.pid}\n{identity[0] - 1} {identity[1]}\n")
@@ -98,7 +99,8 @@ def test_a_stale_pid_file_kills_nobody(tmp_path: Path) -> None:
 def test_what_may_not_be_looked_into_is_said(tmp_path: Path) -> None:
     """A process that has written the pid file but shows no lock: not ours to kill."""
     with subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE) as other:
-        identity = eventually(lambda: procfs.read_identity(other.pid))
+        identity = procfs.read_identity(other.pid)
+        assert identity is not None
         run = tmp_path / "run"
         run.mkdir(mode=0o700)
         (run / "pid").write_text(f"{other.pid}\n{identity[0]} {identity[1]}\n")
@@ -130,7 +132,7 @@ def test_a_frozen_process_is_named_as_still_there(tmp_path: Path) -> None:
                 (group / "freezer.state").write_text("THAWED")
             eventually(tree.gone)
     finally:
-        eventually(lambda: group.rmdir() is None)
+        eventually(lambda: removed(group))
 
 
 # What a dead watchdog left, swept by the next start

@@ -77,7 +77,7 @@ def test_there_are_eleven_classes_and_each_has_its_action() -> None:
     ]
     for verdict in Verdict:
         assert verdict.guilty == (verdict.action is Action.KILL)
-        assert Verdict(verdict.value) is verdict
+        assert Verdict[verdict.name] is verdict
 
 
 @pytest.mark.parametrize("state", ["S", "D", "I"])
