@@ -92,7 +92,11 @@ class Service:
     # -- who runs
 
     def _children(self, edges: list[str]) -> list[ChildSpec]:
-        return [self._core(), *(self._edge(i, name) for i, name in enumerate(edges)), self._canary()]
+        return [
+            self._core(),
+            *(self._edge(i, name) for i, name in enumerate(edges)),
+            self._canary(),
+        ]
 
     def _core(self) -> ChildSpec:
         settings = CoreSettings(

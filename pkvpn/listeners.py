@@ -113,7 +113,7 @@ def _owner(address: Address) -> str:
 
     try:
         for connection in psutil.net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == address.port:
+            if connection.status == psutil.CONN_LISTEN and connection.laddr[1:] == (address.port,):
                 if connection.pid is None:
                     return ""
                 return f"{psutil.Process(connection.pid).name()} (pid {connection.pid})"

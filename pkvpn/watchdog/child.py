@@ -26,6 +26,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+from multiprocess import spawn
+
 from pkvpn.watchdog import lifeline
 from pkvpn.watchdog.lifeline import Kind, Order
 from pkvpn.watchdog.logchild import LogPipe
@@ -173,7 +175,8 @@ class Child:
 
         Returns the seconds after which it wants to be called again.
         """
-        self._lag = max(self._lag, now - self._next_beat)
+        if self._next_beat > 0.0:
+            self._lag = max(self._lag, now - self._next_beat)
         if now >= self._next_beat:
             self._seq += 1
             duties = [(duty.done, duty.waiting_since) for duty in self._duties.values()]
@@ -196,10 +199,14 @@ class Child:
         """The counters of one duty that the spec names."""
         return self._duties[name]
 
+    def hurry(self) -> None:
+        """Have the next `turn` send a beat at once: a duty has news that cannot wait."""
+        self._next_beat = 0.0
+
     def ready(self) -> None:
         """Say that we serve.  To be called once, when the first request could be answered."""
         self._must_say(Kind.READY)
-        self._next_beat = time.monotonic()  # the first beat comes with it
+        self.hurry()
 
     def say(self, text: str) -> None:
         """Progress of the start, or why it fails; `start` shows the last one."""
@@ -220,7 +227,7 @@ class Child:
 
     def _on_term(self, _number: int, _frame: object) -> None:
         self._asked = True
-        self._next_beat = 0.0
+        self.hurry()
 
     def _on_quit(self, _number: int, _frame: object) -> None:
         self._dumped = True
@@ -330,19 +337,24 @@ def exec_child(birth: Birth) -> NoReturn:
     for our address layout, and a fork would keep it."""
     set_death_signal(birth.watchdog_pid)
     table = os.memfd_create("birth", os.MFD_CLOEXEC)
+    program = spawn.get_preparation_data(birth.name)
+    del program["authkey"]  # nobody uses it, and it does not want to be written anywhere
+    os.write(table, pickle.dumps(program))
     os.write(table, pickle.dumps(birth))
     os.lseek(table, 0, os.SEEK_SET)
     for fd in {table, *birth.descriptors()}:
         os.set_inheritable(fd, True)
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    program = f"from pkvpn.watchdog.child import resume; resume({table})"
-    os.execv(sys.executable, [sys.executable, "-c", program])
+    line = f"from pkvpn.watchdog.child import resume; resume({table})"
+    os.execv(sys.executable, [sys.executable, "-c", line])
 
 
 def resume(table: int) -> NoReturn:
     """First line of the image that `exec_child` started; ``table`` comes from our own parent."""
     with open(table, "rb") as file:
-        birth = pickle.load(file)  # noqa: S301 - written by exec_child, in this very process
+        # Both were written by exec_child, in this very process.
+        spawn.prepare(pickle.load(file))  # noqa: S301 - sys.path, and the program's __main__
+        birth = pickle.load(file)  # noqa: S301
     for fd in birth.descriptors():
         os.set_inheritable(fd, False)
     run_child(birth)

@@ -17,7 +17,7 @@ from pkvpn.watchdog.verdict import Beat
 
 # Up, 256 bytes, big endian:
 #   2  magic "pk"    1  version    1  kind    4  running number    4  loop's lag, s (float)
-#   BEAT: 8 times { 8  how much is done   8  since when something waits, CLOCK_MONOTONIC s, 0: nothing }
+#   BEAT: 8 times { 8  how much is done   8  since when something waits, s, 0: nothing }
 #   other kinds: UTF-8 text, padded with zeros
 #   4  CRC-32 of all before
 _HEAD = struct.Struct("!2sBBIf")

@@ -371,21 +371,26 @@ class ChildMachine:
 
 _M = ChildMachine
 Cell = Callable[[ChildMachine, Event, float, float], list[Command]]
+_fine, _no = _M._ignore, _M._impossible
+_anew, _ready, _died = _M._spawn_anew, _M._ready, _M._died
+_up, _down, _off = _M._want_up, _M._want_down, _M._cancel
+_late, _give, _kill = _M._start_timeout, _M._condemn, _M._next_phase
+_born, _none, _back = _M._spawned, _M._spawn_failed, _M._respawn
 
-# One row a state, one column an event.  Columns:
+# One row a state, one column an event.
+# fmt: off
 _COLUMNS: tuple[type[Event], ...] = (
-    Start, Dismiss, Stop, Replace, Spawned, SpawnFailed, Ready, Gone, Condemned, Due,
-)  # fmt: skip
+                    Start,     Dismiss, Stop,    Replace,     Spawned, SpawnFailed, Ready,  Gone,     Condemned, Due)  # noqa: E501
 _ROWS: dict[State, tuple[Cell, ...]] = {
-    #                 Start          Dismiss        Stop           Replace        Spawned         SpawnFailed      Ready          Gone           Condemned      Due
-    State.DOWN:     (_M._spawn,      _M._ignore,    _M._ignore,    _M._spawn,     _M._impossible, _M._impossible,  _M._impossible, _M._impossible, _M._impossible, _M._impossible),
-    State.STARTING: (_M._want_up,    _M._want_down, _M._ask,       _M._replace,   _M._spawned,    _M._spawn_failed, _M._ready,     _M._died,      _M._condemn,   _M._start_timeout),
-    State.UP:       (_M._want_up,    _M._want_down, _M._ask,       _M._replace,   _M._impossible, _M._impossible,  _M._ignore,    _M._died,      _M._condemn,   _M._impossible),
-    State.STOPPING: (_M._want_up,    _M._want_down, _M._want_down, _M._want_up,   _M._impossible, _M._impossible,  _M._ignore,    _M._gone,      _M._ignore,    _M._next_phase),
-    State.BACKOFF:  (_M._spawn,      _M._cancel,    _M._cancel,    _M._spawn,     _M._impossible, _M._impossible,  _M._impossible, _M._impossible, _M._impossible, _M._respawn),
-    State.FAILING:  (_M._spawn_anew, _M._cancel,    _M._cancel,    _M._spawn_anew, _M._impossible, _M._impossible, _M._impossible, _M._impossible, _M._impossible, _M._respawn),
-    State.FAILED:   (_M._spawn_anew, _M._cancel,    _M._cancel,    _M._spawn_anew, _M._impossible, _M._impossible, _M._impossible, _M._impossible, _M._impossible, _M._impossible),
-}  # fmt: skip
+    State.DOWN:     (_M._spawn, _fine,  _fine,   _M._spawn,   _no,     _no,         _no,    _no,      _no,       _no),  # noqa: E501
+    State.STARTING: (_up,       _down,  _M._ask, _M._replace, _born,   _none,       _ready, _died,    _give,     _late),  # noqa: E501
+    State.UP:       (_up,       _down,  _M._ask, _M._replace, _no,     _no,         _fine,  _died,    _give,     _no),  # noqa: E501
+    State.STOPPING: (_up,       _down,  _down,   _up,         _no,     _no,         _fine,  _M._gone, _fine,     _kill),  # noqa: E501
+    State.BACKOFF:  (_M._spawn, _off,   _off,    _M._spawn,   _no,     _no,         _no,    _no,      _no,       _back),  # noqa: E501
+    State.FAILING:  (_anew,     _off,   _off,    _anew,       _no,     _no,         _no,    _no,      _no,       _back),  # noqa: E501
+    State.FAILED:   (_anew,     _off,   _off,    _anew,       _no,     _no,         _no,    _no,      _no,       _no),  # noqa: E501
+}
+# fmt: on
 TABLE: dict[State, dict[type[Event], Cell]] = {
     state: dict(zip(_COLUMNS, row, strict=True)) for state, row in _ROWS.items()
 }

@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pkvpn.watchdog.lifeline import MAX_DUTIES
 from pkvpn.watchdog.policy import RestartPolicy
-
-if TYPE_CHECKING:
-    from pkvpn.watchdog.child import Child
 
 # The child that the framework itself adds: it alone writes to disk.
 LOG_CHILD = "log"
@@ -46,6 +43,9 @@ class ChildSpec:
     policy: RestartPolicy = field(default_factory=RestartPolicy)
     held: tuple[str, ...] = ()
     duties: tuple[str, ...] = ()
+    # Duties of a witness: when something waits for one of these, the children named are deaf,
+    # and not the one that says so.
+    accuses: tuple[tuple[str, tuple[str, ...]], ...] = ()
     keep_limit: int = 0  # how many descriptors it may give to be kept for its successors
     oom_score_adj: int = 0
 
@@ -53,8 +53,16 @@ class ChildSpec:
         if not self.name or not self.name.replace("-", "").isalnum():
             raise ValueError(f"child {self.name!r}: a name is letters, digits and '-'")
         if len(self.duties) > MAX_DUTIES:
-            raise ValueError(f"child {self.name}: {len(self.duties)} duties, a beat carries {MAX_DUTIES}")
-        for what in ("start_timeout", "hang_timeout", "stop_timeout", "stopped_timeout", "deaf_timeout"):
+            raise ValueError(
+                f"child {self.name}: {len(self.duties)} duties, a beat carries {MAX_DUTIES}"
+            )
+        for what in (
+            "start_timeout",
+            "hang_timeout",
+            "stop_timeout",
+            "stopped_timeout",
+            "deaf_timeout",
+        ):
             if getattr(self, what) <= 0:
                 raise ValueError(f"child {self.name}: {what} must be above 0")
 
@@ -98,6 +106,9 @@ class TreeSpec:
                 raise ValueError(f"tree {self.name}: the child name {name!r} is taken")
         held = [one.name for one in self.held]
         for child in self.children:
+            for accused in (name for _, several in child.accuses for name in several):
+                if accused not in names:
+                    raise ValueError(f"child {child.name} accuses {accused!r}, which is no child")
             for name in child.held:
                 if name not in held:
                     raise ValueError(f"child {child.name}: nothing held is named {name!r}")

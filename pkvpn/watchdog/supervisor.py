@@ -12,9 +12,9 @@ The process that runs this parses nothing a network peer sent, touches no disk w
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import gc
 import logging
+import math
 import os
 import random
 import resource
@@ -47,8 +47,9 @@ from pkvpn.watchdog.machine import ChildMachine, State
 from pkvpn.watchdog.spec import LOG_CHILD, ChildSpec, HeldSpec, TreeSpec
 from pkvpn.watchdog.titles import set_title
 from pkvpn.watchdog.tree import Tree
-from pkvpn.watchdog.verdict import Beat, Condemn, Continue, Judge, Limits, Look, Note
+from pkvpn.watchdog.verdict import Beat, Condemn, Continue, Judge, Limits, Look, Note, Verdict
 from pkvpn.watchdog.verdict import Command as JudgeCommand
+from pkvpn.watchdog.witness import Accusation, Witness
 
 _log = logging.getLogger(__name__)
 _fork = multiprocess_context.ForkContext()
@@ -61,6 +62,10 @@ EXIT_GAVE_UP = 75  # a child could not be kept alive, and the policy says so (EX
 
 # After these the memory of the child is not to be trusted: the next one starts by exec.
 WILD_SIGNALS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGABRT, signal.SIGSYS}
+
+# A process closes its lifeline some milliseconds before its pidfd says that it has ended: only
+# one that lives on for longer is mute.
+MUTE_TIMEOUT = 0.2
 
 _PR_SET_CHILD_SUBREAPER = 36
 _LOG_BUFFER = 1 << 20
@@ -85,8 +90,10 @@ class Incarnation:
         self.said = ""
         self.orders = 0
         self.condemned = ""
+        self.mute_at = math.inf  # when the end of its lifeline is held against it
         self.snapshot: dict[str, str] = {}
         self.decoder = LifelineDecoder(len(spec.duties))
+        self.witness = Witness(spec.duties, dict(spec.accuses))
         self._limits = Limits(
             beat_interval=beat_interval,
             hang_timeout=spec.hang_timeout,
@@ -175,7 +182,7 @@ class Supervisor:
         self._lot = random.Random()  # noqa: S311 - jitter
         self._log_read, self._log_write = _log_channel()
         self._log_pipe = LogPipe(self._log_write, "watchdog")
-        self._held.adopt(HeldSpec(LOG_CHILD, lambda: []), [self._log_read])
+        self._held.adopt(HeldSpec(LOG_CHILD, list), [self._log_read])
         self._slots = {child.name: Slot(child) for child in self._all_children(spec)}
         self._tree = Tree([slot.machine for slot in self._slots.values()])
         self._by_machine = {id(slot.machine): slot for slot in self._slots.values()}
@@ -233,6 +240,9 @@ class Supervisor:
     def _expire(self, now: float) -> None:
         for slot in self._slots.values():
             self._carry_out(slot, slot.machine.expire(now, self._lot.random()), now)
+            if slot.alive is not None and slot.alive.mute_at <= now:
+                slot.alive.mute_at = math.inf
+                self._obey_judge(slot, slot.alive.judge.mute(now), now)
             if slot.alive is not None and slot.machine.state is State.UP:
                 self._obey_judge(slot, slot.alive.judge.expire(now), now)
         self._advance(now)
@@ -242,6 +252,8 @@ class Supervisor:
         nearest = now + 1.0
         for slot in self._slots.values():
             deadlines = [slot.machine.next_deadline()]
+            if slot.alive is not None:
+                deadlines.append(slot.alive.mute_at)
             if slot.alive is not None and slot.machine.state is State.UP:
                 deadlines.append(slot.alive.judge.next_deadline())
             nearest = min([nearest, *(one for one in deadlines if one is not None)])
@@ -299,7 +311,13 @@ class Supervisor:
         read, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._signal_pipe = read
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD):
+        for number in (
+            signal.SIGTERM,
+            signal.SIGINT,
+            signal.SIGHUP,
+            signal.SIGQUIT,
+            signal.SIGCHLD,
+        ):
             signal.signal(number, lambda _number, _frame: None)
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
         self._selector.register(read, selectors.EVENT_READ, (_SIGNALS, None, None))
@@ -338,8 +356,8 @@ class Supervisor:
                 break
             if not data:
                 self._selector.unregister(incarnation.up)
-                self._obey_judge(slot, incarnation.judge.mute(now), now)
-                return
+                incarnation.mute_at = now + MUTE_TIMEOUT
+                break
             try:
                 frames = incarnation.decoder.feed(data)
             except CorruptLifeline as error:
@@ -354,7 +372,10 @@ class Supervisor:
                 else:
                     self._on_said(slot, incarnation, frame.kind, frame.text, now)
         if newest is not None:
-            self._obey_judge(slot, incarnation.judge.beat(newest, now), now)
+            own = newest._replace(duties=incarnation.witness.own_duties(newest.duties))
+            self._obey_judge(slot, incarnation.judge.beat(own, now), now)
+            for accusation in incarnation.witness.accusations(newest.duties):
+                self._accuse(slot, accusation, now)
 
     def _on_said(
         self, slot: Slot, incarnation: Incarnation, kind: Kind, text: str, now: float
@@ -393,6 +414,23 @@ class Supervisor:
                     "condemned", child=slot.name, verdict=command.verdict.value, text=command.text
                 )
                 self._tell_machine(slot, machine.Condemned(command.verdict.value), now)
+
+    def _accuse(self, witness: Slot, accusation: Accusation, now: float) -> None:
+        """Whoever lived when the trouble began, and is up, is deaf."""
+        for name in accusation.accused:
+            slot = self._slots[name]
+            alive = slot.alive
+            if alive is None or slot.machine.state is not State.UP:
+                continue
+            if alive.started_at > accusation.since:
+                continue
+            alive.condemned = Verdict.DEAF.value
+            self._entry(
+                "condemned", child=name, verdict=Verdict.DEAF.value,
+                text=f"{witness.name} gets no answer ({accusation.duty}) "
+                f"since {now - accusation.since:.2f} s",
+            )  # fmt: skip
+            self._tell_machine(slot, machine.Condemned(Verdict.DEAF.value), now)
 
     # -- deaths
 
@@ -512,7 +550,7 @@ class Supervisor:
         try:
             process.start()
             incarnation.process = process
-            incarnation.born(process.pid)
+            incarnation.born(process.pid or 0)
         except OSError as error:
             return error.strerror or str(error)
         finally:
@@ -535,56 +573,55 @@ class Supervisor:
         )  # fmt: skip
 
     def _report_death(self, slot: Slot, now: float) -> None:
-        incarnation, ended = slot.remains, slot.ended
-        if incarnation is None or ended is None:
-            return
-        self._log_pipe.send_report(
-            self._build_report(slot, incarnation, now, ended.code, ended.signal, slot.usage)
-        )
+        if slot.remains is not None and slot.ended is not None:
+            self._report(slot, slot.remains, now, slot.ended, slot.usage)
 
     def _dump_report(self, slot: Slot, incarnation: Incarnation, now: float) -> None:
         """An operator asked for the stacks (QUIT); the child goes on."""
         incarnation.snapshot = procfs.snapshot_text(incarnation.pid)
-        self._log_pipe.send_report(
-            self._build_report(slot, incarnation, now, None, None, {}, verdict="asked")
-        )
+        self._report(slot, incarnation, now, machine.Gone(None, None), {}, verdict="asked")
         os.ftruncate(incarnation.stacks, 0)
         os.lseek(incarnation.stacks, 0, os.SEEK_SET)
 
-    def _build_report(
+    def _report(
         self,
         slot: Slot,
         incarnation: Incarnation,
         now: float,
-        code: int | None,
-        killed_by: int | None,
+        ended: machine.Gone,
         usage: dict[str, float],
         verdict: str = "",
+    ) -> None:
+        try:
+            self._log_pipe.send_report(
+                self._build_report(slot, incarnation, now, ended, usage, verdict)
+            )
+        except Exception as error:  # noqa: BLE001 - evidence is never worth the tree
+            self._entry("report-failed", child=slot.name, reason=repr(error))
+
+    @staticmethod
+    def _build_report(
+        slot: Slot,
+        incarnation: Incarnation,
+        now: float,
+        ended: machine.Gone,
+        usage: dict[str, float],
+        verdict: str,
     ) -> dict[str, Any]:
         return report.build(
-            wall=time.time(),
+            at=time.time(),
             child=slot.name,
             incarnation=incarnation.number,
             pid=incarnation.pid,
             verdict=verdict or incarnation.condemned or "dead",
             why=slot.machine.why.value,
-            signal=killed_by,
-            exit_code=code,
+            signal=ended.signal,
+            exit_code=ended.code,
             rusage=usage,
             stacks=incarnation.read_stacks(),
-            proc=incarnation.snapshot,
-            beats=[
-                {
-                    "age": round(now - at, 3),
-                    "seq": beat.seq,
-                    "lag": round(beat.lag, 4),
-                    "duties": {
-                        name: {"done": done, "waiting": round(at - since, 3) if since else 0.0}
-                        for name, (done, since) in zip(slot.spec.duties, beat.duties, strict=True)
-                    },
-                }
-                for at, beat in incarnation.beats
-            ],
+            snapshot=incarnation.snapshot,
+            beats=[(now - at, beat) for at, beat in incarnation.beats],
+            duties=slot.spec.duties,
             uptime=round(now - incarnation.started_at, 3),
             restarts=slot.machine.restarts,
             said=incarnation.said or None,
@@ -776,9 +813,7 @@ def run_tree(
     set_title(spec.title or spec.name, spec.comm or spec.name)
     _raise_priority(spec.nice)
     try:
-        return Supervisor(
-            spec, lock=lock, tell=tell, on_reload=on_reload, status=status
-        ).run()
+        return Supervisor(spec, lock=lock, tell=tell, on_reload=on_reload, status=status).run()
     except BaseException as error:  # noqa: BLE001 - a bug of ours; the children must not hang on
         # Not sys.exit: at exit multiprocess would wait for children that nobody judges any
         # more.  They end by the death signal.

@@ -76,7 +76,8 @@ def test_an_answer_and_a_refusal(path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", [b"{}", b"[]", b'"x"', b"\xff", b'{"do": 1}', b'{"do": "echo", "args": []x', b"[" * 9999]
+    "line",
+    [b"{}", b"[]", b'"x"', b"\xff", b'{"do": 1}', b'{"do": "echo", "args": []x', b"[" * 9999],
 )
 def test_a_line_that_is_no_request_is_answered_with_what_one_is(path: str, line: bytes) -> None:
     (answered,) = raw(path, line + b"\n")
@@ -84,7 +85,9 @@ def test_a_line_that_is_no_request_is_answered_with_what_one_is(path: str, line:
 
 
 def test_several_lines_in_one_go_are_answered_in_order(path: str) -> None:
-    lines = b"".join(json.dumps({"do": "echo", "args": {"n": n}}).encode() + b"\n" for n in range(3))
+    lines = b"".join(
+        json.dumps({"do": "echo", "args": {"n": n}}).encode() + b"\n" for n in range(3)
+    )
     assert [one["result"]["n"] for one in raw(path, lines)] == [0, 1, 2]
 
 

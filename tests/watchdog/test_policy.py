@@ -22,7 +22,9 @@ def test_the_first_restart_is_immediate_and_the_next_wait_twice_as_long_each() -
     assert young_deaths(RestartCounter(POLICY), 6) == [0.0, 0.1, 0.2, 0.4, 0.8, 1.0]
 
 
-def test_a_child_that_had_served_for_a_while_comes_back_at_once_however_often_it_is_killed() -> None:
+def test_a_child_that_had_served_for_a_while_comes_back_at_once_however_often_it_is_killed() -> (
+    None
+):
     counter = RestartCounter(POLICY)
     for i in range(100):
         decision = counter.died(up_for=5.0, wild=False, now=i * 5.0, lot=0.5)

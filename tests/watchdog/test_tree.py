@@ -73,7 +73,7 @@ def test_a_child_that_dies_after_all_came_up_does_not_hold_back_the_others() -> 
 
 
 def test_a_transient_child_that_has_done_its_work_counts_as_having_been_up() -> None:
-    setup, core = machines = [child("setup", Restart.TRANSIENT), child("core")]
+    setup, _core = machines = [child("setup", Restart.TRANSIENT), child("core")]
     tree = Tree(machines)
     advance(tree)
     setup.receive(CLEAN, 0.5)

@@ -1,0 +1,47 @@
+"""A child that sees others from outside, as a user does, and says when they do not answer.
+
+Strategy: a witness has duties in which others are accused; while something waits in one of
+them, those are *deaf*: their beats may be fine, but nobody is served.  They are believed
+guilty only if they lived when the trouble began: a witness that asked while somebody was just
+being replaced accuses nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+
+class Accusation(NamedTuple):
+    """``accused`` do not answer since ``since`` (CLOCK_MONOTONIC seconds)."""
+
+    duty: str
+    accused: tuple[str, ...]
+    since: float
+
+
+class Witness:
+    """Knows what one incarnation of a witness has said; makes one accusation of each trouble."""
+
+    def __init__(self, duties: tuple[str, ...], accuses: Mapping[str, tuple[str, ...]]) -> None:
+        self._duties = duties
+        self._accuses = accuses
+        self._said: dict[str, float] = {}  # duty -> the trouble that has been passed on
+
+    def own_duties(self, told: tuple[tuple[int, float], ...]) -> tuple[tuple[int, float], ...]:
+        """What of a beat is about the witness itself: nothing waits where others are accused."""
+        return tuple(
+            (done, 0.0 if name in self._accuses else since)
+            for name, (done, since) in zip(self._duties, told, strict=True)
+        )
+
+    def accusations(self, told: tuple[tuple[int, float], ...]) -> list[Accusation]:
+        """To be called for each beat; a trouble that goes on is returned once."""
+        found = []
+        for name, (_, since) in zip(self._duties, told, strict=True):
+            if name not in self._accuses or self._said.get(name, 0.0) == since:
+                continue
+            self._said[name] = since
+            if since:
+                found.append(Accusation(name, self._accuses[name], since))
+        return found
