@@ -229,21 +229,19 @@ def snapshot_text(pid: int) -> dict[str, str]:
 
 
 def _fd_list(pid: int) -> str:
-    lines = []
-    count = 0
+    lines: list[str] = []
     try:
         with os.scandir(f"/proc/{pid}/fd") as entries:
             for entry in entries:
-                count += 1
-                if count <= _FDS_LISTED:
-                    try:
-                        lines.append(f"{entry.name} {os.readlink(entry.path)}")
-                    except OSError:
-                        lines.append(f"{entry.name} (closed meanwhile)")
+                if len(lines) == _FDS_LISTED:
+                    lines.append("... and more")  # perhaps ten thousand: not counted here
+                    break
+                try:
+                    lines.append(f"{entry.name} {os.readlink(entry.path)}")
+                except OSError:
+                    lines.append(f"{entry.name} (closed meanwhile)")
     except OSError as error:
         return f"({error.strerror})"
-    if count > _FDS_LISTED:
-        lines.append(f"... {count - _FDS_LISTED} more")
     return "\n".join(lines)
 
 

@@ -132,33 +132,36 @@ def kill_tree(
     deadline = time.monotonic() + budget
     lock_path = os.path.join(runtime_dir, instance.LOCK_NAME)
     result = KillResult()
-    first = True
+    # Before the watchdog is killed: its children's children are found below it only now.
+    holders = set(instance.holders(lock_path))
     members: dict[int, tuple[int, str] | None] = {}
+    _add_members(members, holders)
+    watchdog = _find_watchdog(runtime_dir, lock_path, holders)
+    if watchdog in members:
+        # Half of the time: if it cannot end (frozen), the others are killed all the same.
+        alone = {watchdog: members.pop(watchdog)}
+        half = time.monotonic() + budget / 2
+        _kill_members(alone, "watchdog", deadline=half, result=result, log=log)
     for _ in range(_ROUNDS):
-        # Before the watchdog is killed: its children's children are found below it only now.
-        holders = set(instance.holders(lock_path))
-        _add_members(members, holders)
-        if first:
-            first = False
-            watchdog = _find_watchdog(runtime_dir, lock_path, holders)
-            if watchdog is not None:
-                _kill_members(
-                    [watchdog], members, "watchdog", deadline=deadline, result=result, log=log
-                )
-                members.pop(watchdog, None)
-                _add_members(members, set(instance.holders(lock_path)))
-        _kill_members(
-            list(members), members, "remaining", deadline=deadline, result=result, log=log
-        )
-        members = {}
-        left = set(instance.holders(lock_path)) - set(result.survived)
-        if not left or time.monotonic() >= deadline:
-            for pid in left:
-                result.survived[pid] = "came while we killed"
+        _add_members(members, set(instance.holders(lock_path)) - set(result.survived))
+        if not members or time.monotonic() >= deadline:
             break
+        _kill_members(members, "remaining", deadline=deadline, result=result, log=log)
+        members = {}
+    for pid in set(instance.holders(lock_path)) - set(result.survived):
+        result.survived[pid] = _why_not_tried(pid)
+        log(f"{pid}: {result.survived[pid]}")
     if not (result.killed or result.gone or result.survived):
         _say_nothing_found(runtime_dir, result, log)
     return result
+
+
+def _why_not_tried(pid: int) -> str:
+    if pid == 1:
+        return "is process 1 of its container and immune in there: end the container"
+    if pid in _protected():
+        return "not killed: we run below it"
+    return "came while we killed"
 
 
 def _say_nothing_found(runtime_dir: str, result: KillResult, log: Callable[[str], None]) -> None:
@@ -205,8 +208,7 @@ def _find_watchdog(runtime_dir: str, lock_path: str, holders: set[int]) -> int |
 
 
 def _kill_members(
-    pids: list[int],
-    identities: dict[int, tuple[int, str] | None],
+    members: dict[int, tuple[int, str] | None],
     role: str,
     *,
     deadline: float,
@@ -214,8 +216,8 @@ def _kill_members(
     log: Callable[[str], None],
 ) -> None:
     targets = []
-    for pid in pids:
-        target = _Target.open(pid, partial(_has_identity, identities.get(pid)))
+    for pid, identity in members.items():
+        target = _Target.open(pid, partial(_has_identity, identity))
         if target is not None:
             targets.append(target)
         elif pid not in result.killed:
@@ -257,9 +259,7 @@ def sweep_leftovers(
             _add_members(members, set(instance.holders(lock_path)) - set(result.survived))
             if not members:
                 break
-            _kill_members(
-                list(members), members, "left over", deadline=deadline, result=result, log=log
-            )
+            _kill_members(members, "left over", deadline=deadline, result=result, log=log)
             if time.monotonic() >= deadline:
                 break
     finally:

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -176,6 +177,36 @@ def test_many_starts_at_once_give_one_tree(tmp_path: Path) -> None:
         for process in starts:
             end([process.pid, *procfs.descendants(process.pid)])
             process.communicate()
+
+
+_EXECS = """
+import fcntl, os, sys
+from pkvpn.watchdog.instance import InstanceLock
+if len(sys.argv) == 2:
+    lock = InstanceLock.acquire(sys.argv[1])
+    os.set_inheritable(lock.fd, True)
+    again = [sys.executable, "-c", sys.orig_argv[2], sys.argv[1], str(lock.fd)]
+    os.execv(sys.executable, again)
+lock = InstanceLock.adopt(int(sys.argv[2]), sys.argv[1])
+print("again", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.slow
+def test_lock_and_claim_survive_an_exec_of_the_watchdog(tmp_path: Path) -> None:
+    lock_path = str(tmp_path / "run" / "lock")
+    with subprocess.Popen(
+        [sys.executable, "-c", _EXECS, lock_path],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    ) as watchdog:
+        assert watchdog.stdout is not None
+        assert watchdog.stdout.readline() == b"again\n"
+        assert instance.watchdog_pid(lock_path) == watchdog.pid
+        assert InstanceLock.acquire(lock_path) is None
+    assert not instance.lock_is_held(lock_path)
 
 
 # The pid file

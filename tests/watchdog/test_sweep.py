@@ -112,7 +112,8 @@ def test_what_may_not_be_looked_into_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.root
-def test_a_frozen_process_is_named_as_still_there(tmp_path: Path) -> None:
+@pytest.mark.parametrize("who", ["watchdog", "first"])
+def test_a_frozen_process_is_named_as_still_there(tmp_path: Path, who: str) -> None:
     mount = next((w for kind, _, w in procfs._cgroup_mounts() if kind == "freezer"), "")
     if not mount:
         pytest.skip("no cgroup v1 freezer")
@@ -120,14 +121,15 @@ def test_a_frozen_process_is_named_as_still_there(tmp_path: Path) -> None:
     group.mkdir()
     try:
         with a_tree(tmp_path / "run") as tree:
-            (group / "cgroup.procs").write_text(str(tree.first))
+            frozen = getattr(tree, who)
+            (group / "cgroup.procs").write_text(str(frozen))
             (group / "freezer.state").write_text("FROZEN")
             try:
                 result = sweep.kill_tree(str(tmp_path / "run"), lambda _line: None, budget=0.5)
                 assert not result.ok
-                assert list(result.survived) == [tree.first]
-                assert "frozen" in result.survived[tree.first]
-                assert tree.watchdog in result.killed
+                assert list(result.survived) == [frozen]
+                assert "frozen" in result.survived[frozen]
+                assert sorted([*result.killed, frozen]) == sorted(tree.pids)
             finally:
                 (group / "freezer.state").write_text("THAWED")
             eventually(tree.gone)
