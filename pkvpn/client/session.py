@@ -46,6 +46,7 @@ class LoginRefused(Exception):
     def __init__(self, code: int, text: str = "") -> None:
         super().__init__(f"{text or meaning(code)} (code {code})")
         self.code = code
+        self.text = text or meaning(code)
 
 
 @functools.lru_cache(maxsize=8)
@@ -79,8 +80,7 @@ class VpnClient:
     """
 
     __slots__ = (
-        "_addresses",
-        "_attempts",
+        "_address",
         "_certificate",
         "_comeback",
         "_credentials",
@@ -99,6 +99,7 @@ class VpnClient:
         "_stream",
         "_tls",
         "_tls_context",
+        "_untried",
         "_wanted",
         "dropped",
         "error",
@@ -124,6 +125,8 @@ class VpnClient:
         """``credentials`` replace hub, user and password.  ``probe``: ask for the page at
         / first and demand the mark in it, as a stock client does.  ``reconnect`` False:
         the first end is the end."""
+        if not host.isprintable() or not host or host.startswith("."):
+            raise ValueError(f"{host!r} cannot be the name of a host")
         self._host = host
         self._port = port
         self._name = f"[{host}]" if ":" in host else host
@@ -132,8 +135,8 @@ class VpnClient:
         self._fingerprint = _read_fingerprint(fingerprint)
         self._probe = probe
         self._reconnect = reconnect
-        self._addresses: list[_Address] = []
-        self._attempts = 0
+        self._address: _Address | None = None  # the newest connection's
+        self._untried: list[_Address] = []  # other addresses of the host, if that one is deaf
         self._certificate = b""  # SHA-256 of the one the session began with
         self._comeback = Comeback(os.urandom, now=time.monotonic())
         self._epoll = select.epoll()
@@ -200,7 +203,7 @@ class VpnClient:
         """When `handle` wants to be called at the latest (seconds, monotonic)."""
         if self._ended:
             return None
-        if self._more:
+        if self._more or (self._socket is None and self._untried):
             return 0.0
         if self._socket is None:
             return self._comeback.next_deadline()
@@ -235,8 +238,10 @@ class VpnClient:
         try:
             if self._socket is None:
                 dial_at = self._comeback.next_deadline()
-                if dial_at is None or now < dial_at:
-                    return frames
+                if not self._untried:
+                    if dial_at is None or now < dial_at:
+                        return frames
+                    self._look_up(now)
                 self._dial(now)
             if self._tls is None and not self._finish_connect(now):
                 return frames
@@ -284,22 +289,28 @@ class VpnClient:
             except OSError:
                 pass
         self._hang_up()
+        self._untried = []
         self._queue.clear()
         self._epoll.close()
 
     # One connection
 
-    def _dial(self, now: float) -> None:
-        self._attempts += 1
+    def _look_up(self, now: float) -> None:
+        """Begin an attempt: a full login tries all addresses of the host, in turn."""
         self.stage = "tcp"
+        if self._comeback.dial(now) is not None and self._address is not None:
+            self._untried = [self._address]
+            return
+        try:
+            found = socket.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
+        except UnicodeError:
+            raise OSError(f"{self._host!r} cannot be the name of a host") from None
+        self._untried = [(entry[0], _as_address(entry[4])) for entry in found]
+
+    def _dial(self, now: float) -> None:
         self._deadline = now + TCP_TIMEOUT
-        if self._comeback.dial(now) is None or not self._addresses:
-            try:
-                found = socket.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
-            except UnicodeError:
-                raise OSError(f"{self._host!r} cannot be the name of a host") from None
-            self._addresses = [(entry[0], _as_address(entry[4])) for entry in found]
-        family, address = self._addresses[self._attempts % len(self._addresses)]
+        self._address = self._untried.pop(0)
+        family, address = self._address
         self._socket = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         code = self._socket.connect_ex(address)
@@ -320,6 +331,7 @@ class VpnClient:
                 raise TimeoutError(f"no TCP connection after {TCP_TIMEOUT:g} s") from None
             return False
         self.stage = "tls"
+        self._untried = []
         self._deadline = now + TLS_TIMEOUT
         self._socket = self._tls = self._tls_context.wrap_socket(
             self._socket, do_handshake_on_connect=False, server_hostname=self._host
@@ -436,6 +448,9 @@ class VpnClient:
             self._epoll.modify(self._socket.fileno(), wanted)
 
     def _lose(self, error: Exception, now: float) -> None:
+        if self._untried:
+            self._hang_up()  # the next address of the host is tried at once
+            return
         self.error = error
         scheduled = self._comeback.next_deadline() is not None  # by `end_session`
         self._hang_up()
