@@ -89,7 +89,11 @@ def test_a_kick_is_on_disk_before_the_core_hears_of_it(store: Store) -> None:
     control = Control(store, core)
     control.answer("hub.add", {"name": "T"})
     on_disk: list[set[tuple[int, int]]] = []
-    core.apply = lambda _: on_disk.append(store.load().kicked)  # type: ignore[method-assign]
+
+    def look(changes: list[Change]) -> None:
+        on_disk.append(store.load().kicked)
+
+    core.apply = look  # type: ignore[method-assign]
     assert control.answer("session.kick", {"hub": "T", "name": "sid-u-7"}) == {
         "hub": "T",
         "kicked": ["SID-U-7"],

@@ -1,0 +1,435 @@
+"""A whole core in its own process, with a scripted edge at its channel."""
+
+import os
+import signal
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pkvpn.channel import (
+    ALL_FLOWS,
+    VERSION,
+    Adopted,
+    Closed,
+    Counts,
+    Flow,
+    FlowSeen,
+    FramesOut,
+    Hello,
+    Mode,
+    Replayed,
+    Request,
+    State,
+    Unflow,
+)
+from pkvpn.core.login import LoginDesk
+from pkvpn.watchdog.control import ControlError
+from tests.core.desk import PROBE, SIGNATURE, additional, login, pack_of, read
+from tests.core.fake_child import Edge, Tree
+from tests.core.test_hub import EVERYBODY, frame, mac
+from tests.support import eventually
+
+pytestmark = pytest.mark.slow
+
+A, B = mac(1), mac(2)
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Iterator[Tree]:
+    tree = Tree(tmp_path)
+    tree.add_accounts()
+    yield tree
+    tree.close()
+
+
+@pytest.fixture
+def edge(tree: Tree) -> Edge:
+    tree.start()
+    edge = tree.edges[0]
+    edge.begin()
+    return edge
+
+
+def two_clients(edge: Edge) -> tuple[State, State]:
+    """Logged in, and each knows the other: the flows both ways are taught."""
+    one, _ = edge.log_in(1)
+    two, _ = edge.log_in(2, "u2", "pw2")
+    edge.send(one.conn, frame(EVERYBODY, A))
+    assert edge.receive() == ((two.conn,), [frame(EVERYBODY, A)])
+    edge.send(two.conn, frame(A, B))
+    assert edge.receive() == ((one.conn,), [frame(A, B)])
+    assert edge.hear(Flow) == Flow(two.conn, A + B, one.conn)
+    edge.send(one.conn, frame(B, A))
+    assert edge.receive() == ((two.conn,), [frame(B, A)])
+    assert edge.hear(Flow) == Flow(one.conn, B + A, two.conn)
+    return one, two
+
+
+def respawn(tree: Tree, edge: Edge) -> int:
+    """Kill the core and start another; the epoch of its Hello."""
+    tree.end_core()
+    tree.start()
+    return edge.hear(Hello).epoch
+
+
+def error_of(state: State) -> int:
+    return pack_of(state.reply).get_int("error")
+
+
+# --- logins
+
+
+def test_a_stock_client_logs_in(edge: Edge) -> None:
+    conn = edge.open(1)
+    probe = edge.request(conn, 1, PROBE)
+    assert read(probe.reply).status == 200
+    hello = edge.request(conn, 2, SIGNATURE)
+    assert (hello.mode, hello.timeout, hello.key_update) == (Mode.HTTP, 0.0, False)
+    random = pack_of(hello.reply).get_data("random")
+    welcome = edge.request(conn, 3, login(random=random))
+    assert (welcome.mode, welcome.timeout, welcome.close) == (Mode.BLOCKS, 60.0, "")
+    assert welcome.key_update
+    assert pack_of(welcome.reply).get_str("session_name") == "SID-U1-1"
+
+
+def test_every_connection_has_a_random_of_its_own(edge: Edge) -> None:
+    assert len({edge.greet(i)[2] for i in range(1, 5)}) == 4
+
+
+def test_a_wrong_password_is_told_and_the_connection_stays(edge: Edge) -> None:
+    conn, _, random = edge.greet(1)
+    refused = edge.request(conn, 2, login(password="no", random=random))
+    assert (error_of(refused), refused.mode) == (9, Mode.HTTP)
+    assert edge.request(conn, 3, login(random=random)).mode is Mode.BLOCKS
+
+
+def test_what_is_no_request_closes_the_connection(edge: Edge) -> None:
+    conn = edge.open(1)
+    state = edge.request(conn, 1, b"?")
+    assert (state.mode, state.reply) == (Mode.CLOSING, b"")
+    assert state.close != ""
+
+
+def test_a_request_that_comes_again_gets_the_same_answer(edge: Edge) -> None:
+    state, _ = edge.log_in(1)
+    edge.say(Request(state.conn, 2, login()))
+    assert edge.hear(State) == state
+
+
+def test_half_duplex_connections_have_their_modes(edge: Edge) -> None:
+    first, welcome = edge.log_in(1, max_connection=4, half_connection=True)
+    assert first.mode is Mode.BLOCKS_IN
+    modes = []
+    for counter in (2, 3, 4):
+        conn, _, _ = edge.greet(counter)
+        modes.append(edge.request(conn, 2, additional(welcome.session_key)).mode)
+    assert modes == [Mode.BLOCKS_OUT, Mode.BLOCKS_OUT, Mode.BLOCKS_IN]
+    other, _ = edge.log_in(9, "u2", "pw2")
+    edge.send(other.conn, frame(EVERYBODY, B))
+    assert edge.receive()[0][0] in (edge.conn(2), edge.conn(3))
+
+
+def test_the_canary_hears_itself(tree: Tree, edge: Edge) -> None:
+    state, _ = edge.log_in(1, "canary", tree.canary.hex(), ".canary")
+    edge.send(state.conn, b"any frame will do")
+    assert edge.receive() == ((state.conn,), [b"any frame will do"])
+    assert tree.ask("status")["sessions"] == 0
+    assert tree.ask("session.list") == []
+    edge.say(Closed(state.conn, "it left"))
+    eventually(lambda: tree.ask("status")["connections"] == 0)
+
+
+# --- frames and flows
+
+
+def test_frames_find_their_way_and_flows_are_taught(tree: Tree, edge: Edge) -> None:
+    one, two = two_clients(edge)
+    edge.say(Counts(one.conn, 10, 1000, 20, 2000, 3))
+    listed = eventually(lambda: [s for s in tree.ask("session.list") if s["frames_in"]])
+    assert (listed[0]["frames_in"], listed[0]["bytes_out"], listed[0]["edge_drops"]) == (
+        10,
+        2000,
+        3,
+    )
+    assert {entry["mac"] for entry in tree.ask("mac.list", hub="T")} == {A.hex(":"), B.hex(":")}
+    assert tree.ask("hub.show", name="t")["flows"] == 2
+    edge.say(Closed(two.conn, "end of file"))
+    assert edge.hear(Unflow) == Unflow(two.conn, ALL_FLOWS)
+
+
+def test_a_mac_that_moves_takes_its_flows_with_it(edge: Edge) -> None:
+    one, two = two_clients(edge)
+    three, _ = edge.log_in(3, "anon", "")
+    edge.send(three.conn, frame(EVERYBODY, B))
+    assert {edge.hear(Unflow), edge.hear(Unflow)} == {
+        Unflow(one.conn, B + A),
+        Unflow(two.conn, A + B),
+    }
+
+
+def test_edges_forward_to_each_other_without_flows(tmp_path: Path) -> None:
+    tree = Tree(tmp_path, edges=2)
+    try:
+        tree.add_accounts()
+        tree.start()
+        first, second = tree.edges
+        for edge in tree.edges:
+            edge.begin()
+        one, _ = first.log_in(1)
+        two, _ = second.log_in(1, "u2", "pw2")
+        first.send(one.conn, frame(EVERYBODY, A))
+        assert second.receive() == ((two.conn,), [frame(EVERYBODY, A)])
+        second.send(two.conn, frame(A, B))
+        assert first.receive() == ((one.conn,), [frame(A, B)])
+        assert tree.ask("status")["flows"] == 0
+        assert first.silent()
+        assert second.silent()
+    finally:
+        tree.close()
+
+
+def test_an_edge_that_reads_no_frames_still_hears_a_kick(tree: Tree, edge: Edge) -> None:
+    one, _ = edge.log_in(1)
+    two, welcome = edge.log_in(2, "u2", "pw2")
+    for _ in range(100):
+        edge.send(one.conn, *[frame(EVERYBODY, A, 1500)] * 40)
+    eventually(lambda: tree.ask("hub.show", name="T")["drops"].get("queue full", 0) > 0, within=20)
+    tree.ask("session.kick", hub="T", name=welcome.session_name)
+    assert edge.hear(State).conn == two.conn
+
+
+def test_a_bridge_is_a_port_like_any_other(tree: Tree) -> None:
+    tap = tree.add_tap("tap0")
+    tree.start()
+    edge = tree.edges[0]
+    edge.begin()
+    with tap:
+        assert tree.ask("bridge.add", hub="T", device="tap0")["state"] == "open"
+        one, _ = edge.log_in(1)
+        edge.send(one.conn, frame(EVERYBODY, A))
+        assert tap.recv(2000) == frame(EVERYBODY, A)
+        tap.send(frame(A, B))
+        assert edge.receive() == ((one.conn,), [frame(A, B)])
+        edge.send(one.conn, frame(B, A))
+        assert tap.recv(2000) == frame(B, A)
+        respawn(tree, edge)
+        edge.replay(0)
+        assert tree.ask("bridge.list")[0]["state"] == "open"
+        tree.ask("bridge.delete", device="tap0")
+        assert tree.ask("bridge.list") == []
+
+
+# --- operators
+
+
+def test_a_kick_closes_and_holds_in_every_later_core(tree: Tree, edge: Edge) -> None:
+    _, _ = two_clients(edge)
+    listed = tree.ask("session.list", hub="t")
+    assert [one["name"] for one in listed] == ["SID-U1-1", "SID-U2-2"]
+    assert tree.ask("session.kick", hub="T", name="sid-u1-1")["kicked"] == ["SID-U1-1"]
+    assert edge.hear(Unflow) == Unflow(edge.conn(1), ALL_FLOWS)
+    kicked = edge.hear(State)
+    assert (kicked.conn, kicked.mode, kicked.close) == (edge.conn(1), Mode.CLOSING, "kicked")
+    with pytest.raises(ControlError, match="no session 'SID-U1-1'"):
+        tree.ask("session.kick", hub="T", name="SID-U1-1")
+
+
+def test_the_key_of_a_kicked_session_is_answered_with_13(tree: Tree, edge: Edge) -> None:
+    state, welcome = edge.log_in(1)
+    tree.ask("session.kick", hub="T", name=welcome.session_name)
+    assert edge.hear(State).conn == state.conn
+    conn, greeted, _ = edge.greet(2)
+    assert error_of(edge.request(conn, 2, additional(welcome.session_key))) == 13
+    epoch = respawn(tree, edge)
+    # The close was sent and not applied: the new core sees the session as it was.
+    edge.replay(epoch, state, greeted)
+    closing = edge.hear(State)
+    assert (closing.conn, closing.number, closing.mode) == (state.conn, 3, Mode.CLOSING)
+    assert error_of(edge.request(conn, 2, additional(welcome.session_key))) == 13
+
+
+@pytest.mark.parametrize(
+    ("verb", "args"),
+    [
+        ("user.delete", {"hub": "T", "name": "u1"}),
+        ("user.passwd", {"hub": "T", "name": "u1", "password": "other"}),
+        ("hub.set", {"name": "T", "online": False}),
+        ("hub.delete", {"name": "T"}),
+    ],
+)
+def test_a_change_of_accounts_is_in_force_at_once(
+    tree: Tree, edge: Edge, verb: str, args: dict[str, object]
+) -> None:
+    state, _ = edge.log_in(1)
+    tree.ask(verb, **args)
+    closing = edge.hear(State)
+    assert (closing.conn, closing.mode) == (state.conn, Mode.CLOSING)
+
+
+def test_a_new_user_logs_in_at_once_and_after_a_kill(tree: Tree, edge: Edge) -> None:
+    tree.ask("hub.add", name="New")
+    tree.ask("user.add", hub="new", name="neo", password="secret")
+    edge.replay(respawn(tree, edge))
+    assert edge.log_in(1, "neo", "secret", "NEW")[0].mode is Mode.BLOCKS
+
+
+def test_refusals_reach_the_operator(tree: Tree, edge: Edge) -> None:
+    with pytest.raises(ControlError, match="there is no hub 'no'"):
+        tree.ask("user.list", hub="no")
+
+
+# --- what survives a core
+
+
+def test_sessions_and_flows_survive_a_core(tree: Tree, edge: Edge) -> None:
+    one, two = two_clients(edge)
+    epoch = respawn(tree, edge)
+    edge.replay(epoch, one, two, flows=((one.conn, B + A), (two.conn, A + B)))
+    taught = {edge.hear(Flow), edge.hear(Flow)}
+    assert taught == {Flow(one.conn, B + A, two.conn), Flow(two.conn, A + B, one.conn)}
+    assert [s["name"] for s in tree.ask("session.list")] == ["SID-U1-1", "SID-U2-2"]
+    edge.send(one.conn, frame(B, A))
+    assert edge.receive() == ((two.conn,), [frame(B, A)])
+    assert edge.log_in(3)[1].session_name == "SID-U1-3"
+
+
+def test_frames_that_come_before_the_replay_are_not_lost(tree: Tree, edge: Edge) -> None:
+    one, two = two_clients(edge)
+    tree.end_core()
+    edge.send(one.conn, frame(EVERYBODY, A))
+    tree.start()
+    edge.send(one.conn, frame(EVERYBODY, A))
+    epoch = edge.hear(Hello).epoch
+    edge.replay(epoch, two, one)
+    assert edge.receive() == ((two.conn,), [frame(EVERYBODY, A)] * 2)
+
+
+def test_a_login_goes_on_in_the_next_core(tree: Tree, edge: Edge) -> None:
+    conn, greeted, random = edge.greet(1)
+    tree.end_core()
+    request = Request(conn, 2, login(random=random))
+    edge.say(request)
+    tree.start()
+    epoch = edge.hear(Hello).epoch
+    edge.replay(epoch, greeted)
+    edge.say(request)
+    state = edge.hear(State)
+    assert (state.number, state.mode) == (2, Mode.BLOCKS)
+    assert edge.hear(State) == state
+
+
+def test_a_session_without_connections_comes_back_by_its_key(tree: Tree, edge: Edge) -> None:
+    _, welcome = edge.log_in(1)
+    epoch = respawn(tree, edge)
+    edge.replay(epoch)
+    conn, _, _ = edge.greet(2)
+    state = edge.request(conn, 2, additional(welcome.session_key))
+    assert (error_of(state), state.mode, state.key_update) == (0, Mode.BLOCKS, True)
+    assert tree.ask("session.list")[0]["name"] == welcome.session_name
+
+
+def test_a_state_that_cannot_be_read_ends_one_connection(tree: Tree, edge: Edge) -> None:
+    one, two = two_clients(edge)
+    epoch = respawn(tree, edge)
+    edge.replay(epoch, one._replace(blob=b"\xffnonsense"), two)
+    closing = edge.hear(State)
+    assert (closing.conn, closing.mode) == (one.conn, Mode.CLOSING)
+    assert [s["name"] for s in tree.ask("session.list")] == ["SID-U2-2"]
+
+
+def test_a_core_serves_after_a_while_without_a_silent_edge(tmp_path: Path) -> None:
+    tree = Tree(tmp_path, edges=2, replay_timeout=0.3)
+    try:
+        tree.add_accounts()
+        tree.start()
+        edge = tree.edges[0]
+        edge.begin()
+        assert edge.log_in(1)[0].mode is Mode.BLOCKS
+        assert tree.ask("status")["loading"] is True
+    finally:
+        tree.close()
+
+
+# --- what survives an edge
+
+
+def test_a_new_edge_gets_again_what_it_has_lost(tree: Tree, edge: Edge) -> None:
+    one, two = two_clients(edge)
+    three, _ = edge.log_in(3, "anon", "")
+    conn, greeted, random = edge.greet(4)
+    welcome = edge.request(conn, 2, login(random=random))
+    edge.say(Adopted(VERSION))
+    epoch = edge.hear(Hello).epoch
+    # It has not applied the welcome, and three is gone.
+    edge.replay(epoch, one, two, greeted)
+    assert edge.hear(State) == welcome
+    taught = {edge.hear(Flow), edge.hear(Flow)}
+    assert taught == {Flow(one.conn, B + A, two.conn), Flow(two.conn, A + B, one.conn)}
+    orphan = next(s for s in tree.ask("session.list") if s["user"] == "anon")
+    assert orphan["connections"] == 0
+    assert three.conn not in {one.conn, two.conn}
+
+
+def test_a_flow_that_does_not_hold_is_withdrawn_when_an_edge_names_it(edge: Edge) -> None:
+    one, _ = two_clients(edge)
+    assert edge.silent()
+    key = mac(9) + A
+    edge.say(FlowSeen(one.conn, key))
+    assert edge.hear(Unflow) == Unflow(one.conn, key)
+
+
+# --- what goes wrong
+
+
+def test_bytes_that_are_no_message_are_ignored(edge: Edge) -> None:
+    for data in (b"x", b"\x02", os.urandom(100)):
+        edge.control.send(data)
+        edge.frames.send(data)
+    edge.say(Replayed(1), Closed(edge.conn(77), "never seen"), Request(edge.conn(78), 1, b""))
+    assert edge.log_in(1)[0].mode is Mode.BLOCKS
+
+
+def test_a_request_that_kills_two_cores_is_not_given_to_a_third(tree: Tree, edge: Edge) -> None:
+    def die(*_args: object) -> None:
+        os._exit(9)
+
+    def poison() -> None:
+        LoginDesk.answer = die  # type: ignore[method-assign, assignment]
+
+    conn, greeted, _ = edge.greet(1)
+    tree.end_core()
+    for _ in range(2):
+        tree.start(poison)
+        edge.replay(edge.hear(Hello).epoch, greeted)
+        edge.say(Request(conn, 2, b"the one"))
+        assert tree.wait(tree.pid) == 9
+        tree.pid = 0
+    tree.start(poison)
+    edge.replay(edge.hear(Hello).epoch, greeted)
+    edge.say(Request(conn, 2, b"the one"))
+    state = edge.hear(State)
+    assert (state.conn, state.mode) == (conn, Mode.CLOSING)
+
+
+def test_a_stop_ends_the_core_in_peace(tree: Tree, edge: Edge) -> None:
+    edge.log_in(1)
+    assert tree.end_core(signal.SIGTERM) == 0
+
+
+def test_a_core_without_a_usable_database_says_why(tree: Tree) -> None:
+    database = sqlite3.connect(Path(tree.state_dir) / "pkvpn.db")
+    database.execute("PRAGMA user_version = 9")
+    database.close()
+    with pytest.raises(AssertionError, match="schema version 9"):
+        tree.start()
+    tree.wait(tree.pid)
+    tree.pid = 0
+
+
+def test_a_flood_is_heard_by_everybody_else(edge: Edge) -> None:
+    states = [edge.log_in(i, "anon", "")[0] for i in range(1, 5)]
+    edge.send(states[0].conn, frame(EVERYBODY, A))
+    message = edge.hear(FramesOut)
+    assert set(message.conns) == {state.conn for state in states[1:]}
