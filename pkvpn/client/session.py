@@ -123,7 +123,8 @@ class VpnClient:
         reconnect: bool = True,
     ) -> None:
         """``credentials`` replace hub, user and password.  ``probe``: ask for the page at
-        / first and demand the mark in it, as a stock client does.  ``reconnect`` False:
+        / first and demand the mark that stock clients look for; SoftEther's own server has
+        another page, which they know too, so leave it out there.  ``reconnect`` False:
         the first end is the end."""
         if not host.isprintable() or not host or host.startswith("."):
             raise ValueError(f"{host!r} cannot be the name of a host")

@@ -72,7 +72,7 @@ class Hello:
         """Read it; raises `ProtocolError` without a random of the right size."""
         return cls(
             random=_sized(pack, "random", RANDOM_SIZE),
-            product=_text(pack, "hello"),
+            product=_shown(pack, "hello"),
             version=pack.get_int("version"),
             build=pack.get_int("build"),
         )
@@ -108,12 +108,12 @@ class Node:
     def from_pack(cls, pack: Pack) -> Node:
         """Read it from the pack of a login; nothing in it is required."""
         return cls(
-            product=_text(pack, "ClientProductName"),
+            product=_shown(pack, "ClientProductName"),
             product_version=_swapped(pack.get_int("ClientProductVer")),
             product_build=_swapped(pack.get_int("ClientProductBuild")),
-            hostname=_text(pack, "ClientHostname"),
-            os=_text(pack, "ClientOsName"),
-            os_version=_text(pack, "ClientOsVer"),
+            hostname=_shown(pack, "ClientHostname"),
+            os=_shown(pack, "ClientOsName"),
+            os_version=_shown(pack, "ClientOsVer"),
             address=pack.get_ip("ClientIpAddress"),
             port=_swapped(pack.get_int("ClientPort")),
         )
@@ -204,7 +204,7 @@ class Login:
             monitor_mode=bool(pack.get_int("require_monitor_mode")),
             machine_id=_bounded(pack, "unique_id", MAX_TEXT),
             client_id=_bounded(pack, "UniqueId", MAX_TEXT),
-            client=_text(pack, "client_str") or _text(pack, "hello"),
+            client=_shown(pack, "client_str") or _shown(pack, "hello"),
             client_version=pack.get_int("client_ver") or pack.get_int("version"),
             client_build=pack.get_int("client_build") or pack.get_int("build"),
             node=Node.from_pack(pack),
@@ -239,7 +239,7 @@ class AdditionalConnect:
         """Read it; raises `ProtocolError` without a key of the right size."""
         return cls(
             session_key=_sized(pack, "session_key", SESSION_KEY_SIZE),
-            client=_text(pack, "client_str"),
+            client=_shown(pack, "client_str"),
             client_version=pack.get_int("client_ver"),
             client_build=pack.get_int("client_build"),
         )
@@ -474,6 +474,11 @@ def _text(pack: Pack, name: str) -> str:
     if len(text.encode("utf-8", "replace")) > MAX_TEXT:
         raise ProtocolError(f"{name!r} is longer than {MAX_TEXT} bytes", _NO_SENSE)
     return text
+
+
+def _shown(pack: Pack, name: str) -> str:
+    # For lists and logs: too long a name of a machine is no reason to refuse its user.
+    return pack.get_str(name)[:MAX_TEXT]
 
 
 def _required(pack: Pack, name: str) -> str:

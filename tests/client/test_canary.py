@@ -93,7 +93,7 @@ def test_no_step_of_a_visit_waits(hub: FakeServer) -> None:
         poll.poll(max(0.0, visit.next_deadline() - time.monotonic()) * 1000)
     visit.close()
     hub.silent_at = ""
-    assert slowest < 0.1
+    assert slowest < 0.25
 
 
 # When it visits whom
@@ -228,4 +228,4 @@ def test_the_child_says_why_it_is_not_ready_and_beats_all_the_time(hub: FakeServ
     assert "stage login: no such hub" in child.said[0]
     assert child._duty.waiting_since == 0.0
     gaps = [b - a for a, b in zip(child.turns, child.turns[1:], strict=False)]
-    assert max(gaps) < 0.2
+    assert max(gaps) < 1.0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pkvpn.client.machine import Comeback, Credentials, Event, Frames, Lost, Step, Stream
 from pkvpn.protocol import blocks, http
@@ -232,6 +234,39 @@ def test_a_keep_alive_is_a_sign_of_life() -> None:
     it.receive(blocks.encode_keep_alive(b"abc"), 19.0)
     assert it.expire(38.9) == []
     assert it.expire(39.0) != []
+
+
+ANSWERS = [
+    http.build_probe_page(),
+    reply(Hello(RANDOM).to_pack()),
+    reply(WELCOME.to_pack()),
+    reply(AdditionalReply().to_pack()),
+    reply(ErrorReply(9).to_pack()),
+    reply(Noop().to_pack()),
+    blocks.encode_batch([FRAME]),
+    blocks.encode_keep_alive(b"abc"),
+]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.booleans(),
+    st.sampled_from([CREDENTIALS, WELCOME]),
+    st.lists(st.one_of(st.sampled_from(ANSWERS), st.binary(max_size=10)), max_size=6),
+)
+def test_only_a_protocol_error_leaves_a_stream(
+    probe: bool, purpose: Credentials | Welcome, answers: list[bytes]
+) -> None:
+    it = stream(purpose, probe=probe)
+    try:
+        for now, answer in enumerate(answers):
+            it.receive(answer, now)
+            it.expire(now)
+            deadline = it.next_deadline()
+            assert (deadline is None) == (it.step is Step.ENDED)
+            assert deadline is None or deadline > now
+    except ProtocolError:
+        pass
 
 
 # Coming back

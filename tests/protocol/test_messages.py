@@ -253,6 +253,13 @@ def test_what_makes_no_sense_is_a_protocol_error_with_code_4(pack: Pack) -> None
     assert caught.value.code == ErrorCode.PROTOCOL_ERROR
 
 
+def test_too_long_a_name_of_a_machine_is_cut() -> None:
+    node = Node(hostname="h" * 300, os="ü" * 300)
+    login = Login("T", "u", 0, client="c" * 300, node=node)
+    read = Login.from_pack(again(login.to_pack()))
+    assert (read.node.hostname, read.node.os, read.client) == ("h" * 255, "ü" * 255, "c" * 255)
+
+
 @pytest.mark.parametrize("name", ["session_name", "connection_name", "session_key"])
 def test_a_welcome_needs_what_a_stock_client_needs(name: str) -> None:
     with pytest.raises(ProtocolError) as caught:
