@@ -77,6 +77,9 @@ class VpnClient:
     Hello), "login" (until the welcome), "data".  ``error`` is why the last one ended.
     ``logins`` and ``resumptions`` count what succeeded, ``dropped`` counts frames that did
     not fit the queue.  A host name is looked up, blocking, at each full login.
+
+    Nothing happens between calls: who connects must go on calling `receive` or `handle`, or
+    the server takes the client for dead after the session's time-out.
     """
 
     __slots__ = (
@@ -85,6 +88,7 @@ class VpnClient:
         "_comeback",
         "_credentials",
         "_deadline",
+        "_early",
         "_ended",
         "_epoll",
         "_fingerprint",
@@ -146,6 +150,7 @@ class VpnClient:
         self._stream: Stream | None = None
         self._deadline = 0.0  # of the TCP connect and the TLS handshake
         self._wanted = 0  # what the epoll was told to look for
+        self._early: list[bytes] = []  # came with the welcome, while `connect` waited
         self._more = False  # there may be decrypted bytes that no event announces
         self._queue: deque[bytes] = deque()
         self._ended = False
@@ -164,7 +169,7 @@ class VpnClient:
         try:
             while not self.logins:
                 self._wait(until)
-                self.handle()
+                self._early = self.handle()
                 if self.error is not None:
                     raise self.error
                 if time.monotonic() >= until:
@@ -204,7 +209,7 @@ class VpnClient:
         """When `handle` wants to be called at the latest (seconds, monotonic)."""
         if self._ended:
             return None
-        if self._more or (self._socket is None and self._untried):
+        if self._more or self._early or (self._socket is None and self._untried):
             return 0.0
         if self._socket is None:
             return self._comeback.next_deadline()
@@ -232,7 +237,7 @@ class VpnClient:
 
     def handle(self) -> list[bytes]:
         """Do what can be done without waiting; return the frames that came."""
-        frames: list[bytes] = []
+        frames, self._early = self._early, []
         if self._ended:
             return frames
         now = time.monotonic()

@@ -98,6 +98,7 @@ class FakeServer:
         self.silent_at = ""  # a stage of the client: "tls", "signature", "login", "data"
         self.noops = 0  # said before the answer to a login
         self.reflect = False
+        self.behind_welcome = b""  # sent in the same write
         # What a test may look at.
         self.logins: list[Login] = []
         self.resumptions = 0
@@ -287,6 +288,7 @@ class FakeServer:
                 self._keys.add(key)
                 welcome = Welcome("SID-U1-1", "CID-1", key, self.timeout)
                 self._reply(connection, dataclasses.replace(welcome, **self.welcome).to_pack())
+                connection.output += self.behind_welcome
             case AdditionalConnect():
                 code = self.refuse_resumption
                 if not code and message.session_key not in self._keys:

@@ -77,6 +77,14 @@ def test_much_data_arrives_whole_and_in_order(server: FakeServer) -> None:
         assert a.dropped == 0
 
 
+def test_a_frame_that_comes_with_the_welcome_is_not_lost(server: FakeServer) -> None:
+    server.behind_welcome = blocks.encode_batch([FRAME])
+    with client(server) as a:
+        a.connect(5)
+        assert a.next_deadline() is not None
+        assert a.receive(5) == [FRAME]
+
+
 def test_keep_alives_are_sent(server: FakeServer) -> None:
     server.timeout = 0.5
     with client(server, reconnect=False) as a:
