@@ -88,15 +88,18 @@ class _InLoop:
         return lambda *args: self._calls.ask(lambda: method(*args))
 
 
-class StoreThread(threading.Thread):
-    """Owns ``store`` from `start` on, and closes it."""
+def live_in_loop(live: Live, calls: Calls) -> Live:
+    """What another thread may use of ``live``: each method waits until the loop has run it."""
+    return cast(Live, _InLoop(live, calls))
 
-    def __init__(
-        self, store: Store, live: Live, calls: Calls, listener_fd: int, duty: Duty
-    ) -> None:
+
+class StoreThread(threading.Thread):
+    """Owns ``store``, which ``control`` uses, from `start` on, and closes it."""
+
+    def __init__(self, store: Store, control: Control, listener_fd: int, duty: Duty) -> None:
         super().__init__(name="store", daemon=True)
         self._store = store
-        self._control = Control(store, cast(Live, _InLoop(live, calls)))
+        self._control = control
         self._listener_fd = listener_fd
         self._duty = duty
         self._stop_read, self._stop_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)

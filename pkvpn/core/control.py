@@ -73,12 +73,19 @@ class _Verb(NamedTuple):
 
 
 class Control:
-    """Answers verbs.  ``live`` is None while the service does not run."""
+    """Answers verbs.  ``live`` is None while the service does not run.
 
-    def __init__(self, store: Store, live: Live | None = None) -> None:
+    ``accounts``: what ``live`` has loaded of the same ``store``; copied.  Whatever others have
+    changed since is noticed by the first `refresh`.
+    """
+
+    def __init__(
+        self, store: Store, live: Live | None = None, accounts: Accounts | None = None
+    ) -> None:
         self._store = store
         self._live = live
-        self._accounts = store.load()
+        self._accounts = Accounts()
+        self._accounts.replace(store.load() if accounts is None else accounts)
 
     def answer(self, verb: str, args: Args) -> Any:
         """Do it, and return what JSON can say.  Raises Refused."""

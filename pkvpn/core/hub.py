@@ -201,7 +201,12 @@ class Hub:
                     if kind == _VLAN and size >= 16:
                         # The twelve bits of the VLAN, without the priority.
                         tag = bytes((blocks[at + 18] & 15, blocks[at + 19]))
-                    wanted, flooded, why = self._decide(sender, macs, tag, now, candidates)
+                    # Decided before in this message, and nothing has moved since.
+                    port = None if self._moved or kind == _VLAN else candidates.get(macs)
+                    if port is not None:
+                        wanted, flooded, why = port.only, False, None
+                    else:
+                        wanted, flooded, why = self._decide(sender, macs, tag, now, candidates)
                 if why is None:
                     known = b"" if kind == _VLAN else macs
                 else:

@@ -35,10 +35,10 @@ from pkvpn.channel import (
     Unflow,
 )
 from pkvpn.core import blob as blobs
-from pkvpn.core.admin import Calls, StoreThread
+from pkvpn.core.admin import Calls, StoreThread, live_in_loop
 from pkvpn.core.blob import Blob, BlobError, Stage
 from pkvpn.core.bridge import Tap
-from pkvpn.core.control import SessionName
+from pkvpn.core.control import Control, SessionName
 from pkvpn.core.flows import KnownFlow
 from pkvpn.core.hub import Drop, Hub, Port, Run
 from pkvpn.core.link import Link
@@ -147,7 +147,8 @@ class Core:
         now = time.monotonic()
         self._reconcile(now)
         listener = os.dup(self._child.held("admin")[0])
-        thread = StoreThread(self._store, self, self._calls, listener, self._child.duty("store"))
+        control = Control(self._store, live_in_loop(self, self._calls), self._accounts)
+        thread = StoreThread(self._store, control, listener, self._child.duty("store"))
         thread.start()
         try:
             self._selector.register(self._child, selectors.EVENT_READ, self._take_orders)
@@ -238,9 +239,7 @@ class Core:
         match message:
             case Frames(conn, blocks):
                 self._switched.done += 1
-                self._mark.begin(conn, 0)
                 self._hear_frames(conn, bytes(blocks), now)
-                self._mark.end()
             case Counts():
                 self._hear_counts(message)
             case FlowSeen(conn, key):
@@ -300,10 +299,12 @@ class Core:
             _log.info("%s: %s", connection.peer, outcome.note)
         if outcome.replaces is not None:
             self._end_session(outcome.replaces, "its client has logged in again", now)
-        if outcome.displaces:
-            self._close(outcome.displaces, "the client has made a new connection", now)
         if outcome.session is not None:
             self._join(connection, outcome.session, connection.blob.direction, now)
+        if outcome.displaces:
+            self._close(outcome.displaces, "the client has made a new connection", now)
+        if outcome.close:
+            self._leave(connection, now)
         self._answer(connection, outcome)
         self._mark.end()
 
@@ -493,6 +494,7 @@ class Core:
             self._keep_early(conn, blocks, known=connection is not None)
             return
         hub, port = connection.hub, connection.port
+        self._mark.begin(conn, 0)
         runs, candidates = hub.switch(port, blocks, now)
         for run in runs:
             self._deliver(port, run, blocks)
@@ -500,6 +502,7 @@ class Core:
         self._withdraw(hub)
         if candidates:
             self._teach(connection, hub, port, candidates, now)
+        self._mark.end()
 
     def _keep_early(self, conn: int, blocks: bytes, *, known: bool) -> None:
         """Frames of a connection whose replay has not come yet."""
