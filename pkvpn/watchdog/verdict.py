@@ -138,6 +138,7 @@ class Limits:
     dump_timeout: float = 60.0
     deaf_timeout: float = 5.0
     deaf_timeouts: tuple[float | None, ...] = ()
+    duty_names: tuple[str, ...] = ()  # for texts only
     # False: an operator who stops a child keeps it so for ``stopped_timeout``.
     continue_stopped: bool = True
     note_interval: float = 10.0
@@ -455,9 +456,9 @@ class Judge:
                 seen.waits_at = now  # NaN, or in the future: our own clock counts
             waited = now - max(seen.waits_at, seen.moved_at)
             if why is None and waited >= self._deaf_timeout(number):
-                why = (
-                    f"something waits for duty {number + 1} and nothing was done for {waited:.2f} s"
-                )
+                names = self._limits.duty_names
+                name = repr(names[number]) if number < len(names) else str(number + 1)
+                why = f"something waits for duty {name} and nothing was done for {waited:.2f} s"
         return why
 
     def _deaf_timeout(self, number: int) -> float:
@@ -544,7 +545,9 @@ def _describe(facts: Facts, ran: float | None, waited: float | None, span: float
     if ran is not None:
         parts.append(f"ran {ran * 1000:.0f} ms")
     if waited is not None:
-        parts.append(f"waited {waited * 1000:.0f} ms for a processor")
+        # A wait that began before the first sample is counted whole when it ends.
+        waited = min(waited, span - (ran or 0.0))
+        parts.append(f"waited {max(waited, 0.0) * 1000:.0f} ms for a processor")
     return f"{', '.join(parts)} of the last {span * 1000:.0f} ms"
 
 

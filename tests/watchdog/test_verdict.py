@@ -373,7 +373,8 @@ def test_nobody_is_deaf_before_it_is_ready() -> None:
 
 
 def test_a_duty_may_have_a_timeout_of_its_own() -> None:
-    judge = armed(Limits(deaf_timeout=5.0, deaf_timeouts=(None, 2.0)))
+    limits = Limits(deaf_timeout=5.0, deaf_timeouts=(None, 2.0), duty_names=("loop", "login"))
+    judge = armed(limits)
     now = 1.0
     commands: list[Command] = []
     seq = 10
@@ -384,7 +385,7 @@ def test_a_duty_may_have_a_timeout_of_its_own() -> None:
     assert now - 0.2 == pytest.approx(3.0)
     (condemn,) = commands
     assert isinstance(condemn, Condemn)
-    assert "duty 2" in condemn.text
+    assert "duty 'login'" in condemn.text
 
 
 # Own lag, repeated beats, after the verdict
