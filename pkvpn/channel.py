@@ -51,6 +51,9 @@ MAX_BLOB = 2048
 # The longest reply of a State.
 MAX_REPLY = 61440
 
+# How many connection ids an edge can make that says one time of its start.
+CONNS_PER_START = 1 << 20
+
 # 0 is nobody: no connection has it.
 NOBODY = 0
 
@@ -89,9 +92,9 @@ def conn_id(edge: int, started: float, counter: int) -> int:
     2.1 years, and two incarnations of an edge never start within one; so no name is used twice
     while anybody may remember it.
 
-    Raises ChannelError if the counter is used up: the edge must then be replaced by a successor.
+    Raises ChannelError if the counter is used up: the edge must then say another start.
     """
-    if not 0 < edge < 256 or not 0 < counter < 1 << 20:
+    if not 0 < edge < 256 or not 0 < counter < CONNS_PER_START:
         raise ChannelError(f"no connection id for edge {edge}, counter {counter}")
     return edge << 56 | (int(started * 1000) & (1 << 36) - 1) << 20 | counter
 

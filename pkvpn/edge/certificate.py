@@ -5,6 +5,7 @@ the session if they differ, so a certificate is never made anew while there is o
 """
 
 import datetime as dt
+import fcntl
 import hashlib
 import os
 import ssl
@@ -27,8 +28,14 @@ def ensure(certificate: Path, key: Path, name: str, now: dt.datetime) -> str:
     without a certificate is what a kill in between left, and both are made again.  Raises
     CertificateError if one cannot be read or does not fit the other, OSError for the file system.
     """
-    if not certificate.exists():
-        _make(certificate, key, name, now)
+    directory = os.open(certificate.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        # Several edges start at the same time, and all must show the same one.
+        fcntl.flock(directory, fcntl.LOCK_EX)
+        if not certificate.exists():
+            _make(certificate, key, name, now)
+    finally:
+        os.close(directory)
     return load(certificate, key)
 
 

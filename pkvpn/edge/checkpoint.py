@@ -244,6 +244,7 @@ class Checkpoint:
         if len(memory) < checkpoint_size(slots, rx_size, tx_size):
             raise CheckpointError(f"{len(memory)} bytes are too few for {slots} slots")
         self._memory = memory
+        self.rx_size = rx_size
         switches = bytes(memory[HEADER_SIZE : HEADER_SIZE + slots])
         self._used = [index for index, switch in enumerate(switches) if switch]
         self._free = [index for index, switch in enumerate(switches) if not switch]

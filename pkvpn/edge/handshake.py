@@ -9,7 +9,7 @@ Everything else (TLS 1.2, or a key log that says nothing) stays with OpenSSL.
 
 import os
 import ssl
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from pkvpn.edge import tls_records
 from pkvpn.edge.rings import Ring
@@ -193,8 +193,8 @@ class OpenSSLRecords:
         scratch[at:end] = self._rest
         try:
             while True:
-                # A memoryview is taken as any other buffer; typeshed knows of bytearray only.
-                size = self._tls.read(len(scratch) - end, scratch[end:])  # type: ignore[arg-type]
+                # With a buffer it returns a size, which typeshed does not know.
+                size = cast(int, self._tls.read(len(scratch) - end, scratch[end:]))
                 if not size:
                     self.peer_closed = True
                     break

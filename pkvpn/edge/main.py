@@ -1,0 +1,983 @@
+"""The edge's shell: one thread, one epoll, all the sockets; it decides nothing that lasts.
+
+Strategy: a turn of the loop reads each socket that is ready once, hands what came to the pure
+parts, and at its end writes each connection that has something to send once.  Control messages of
+the core come before its frames, both before the clients.  Whatever goes wrong with one connection
+ends that one.
+
+Everything is imported here, before the fork: a new edge costs a fork and not an import.
+"""
+
+import datetime as dt
+import errno
+import fcntl
+import logging
+import mmap
+import os
+import random
+import select
+import socket
+import ssl
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from pkvpn import channel
+from pkvpn.channel import ChannelError, Mode
+from pkvpn.edge import certificate, kernel
+from pkvpn.edge.checkpoint import Checkpoint, CheckpointError, Identity, Slot, checkpoint_size
+from pkvpn.edge.connection import Connection, ConnectionEnds, OwnRecords, Records, Turn
+from pkvpn.edge.flows import Flows
+from pkvpn.edge.handshake import (
+    Handshake,
+    HandshakeError,
+    KeyLog,
+    OpenSSLRecords,
+    Secrets,
+    make_context,
+)
+from pkvpn.edge.rings import Ring
+from pkvpn.edge.tls_records import Alert, Opener, Sealer, TLSError
+from pkvpn.watchdog.child import Child
+
+_log = logging.getLogger("pkvpn.edge")
+
+# How often limits, keep-alives and what could not be done at once are looked at.
+_TICK = 0.25
+_COUNTS_INTERVAL = 2.0
+_FLOWS_SEEN_INTERVAL = 10.0
+
+# New connections in one turn: a handshake's RSA signature takes a millisecond.
+_ACCEPTS_PER_TURN = 16
+# Messages of the core in one turn.
+_CONTROL_PER_TURN = 256
+_FRAMES_PER_TURN = 64
+
+# What is queued for a core that does not read; above it no new connection is accepted.
+_MAX_BACKLOG = 1000
+
+# After the frames socket was full, for so long a connection may send only one small message a
+# turn: so one that floods does not take all that becomes free.
+_CROWDED = 0.1
+_CROWDED_QUOTA = 4096
+
+# Flows of a core that is gone stay so long: after the new one has heard all, and at most.
+_OLD_FLOWS_TIMEOUT = 2.0
+_CORE_TIMEOUT = 60.0
+
+# How long a client may take to read what is left and to close its side.
+_LINGER = 2.0
+# How long a stop may take.
+_STOP_TIMEOUT = 3.0
+# A request of a client is answered by the core within this, or the client gives up first.
+_ANSWER_TIMEOUT = 60.0
+
+_F_ADD_SEALS, _F_SEAL_SHRINK, _F_SEAL_GROW = 1033, 2, 4
+
+
+@dataclass(frozen=True)
+class EdgeSettings:
+    """Times in seconds, sizes in bytes."""
+
+    index: int  # 1 and up; connection ids begin with it
+    certificate: str
+    key: str
+    max_connections: int = 10000
+    max_per_address: int = 0  # 0: no limit
+    login_timeout: float = 30.0  # from accept to the data phase, however busy the client is
+    login_bytes: int = 262144
+    # Powers of two are not needed; a receive ring holds more than the longest request.
+    receive_ring: int = 262144
+    send_ring: int = 524288
+
+
+class Peer:
+    """A client's socket and what has become of it."""
+
+    __slots__ = (
+        "accepted_at",
+        "address",
+        "conn",
+        "connection",
+        "deadline",
+        "eof",
+        "fd",
+        "given",
+        "handshake",
+        "interest",
+        "local",
+        "peer",
+        "received",
+        "sent",
+        "shut",
+        "slot",
+        "sock",
+        "unsent",
+    )
+
+    def __init__(self, sock: socket.socket, conn: int, now: float) -> None:
+        self.sock = sock
+        self.fd = sock.fileno()
+        self.conn = conn
+        self.accepted_at = now
+        self.address = ""
+        self.peer = ""
+        self.local = ""
+        # Until the handshake is done, then None.
+        self.handshake: Handshake | None = None
+        self.unsent = b""
+        self.received = 0
+        self.sent = 0
+        # From then on.
+        self.connection: Connection | None = None
+        self.slot: Slot | None = None
+        # The watchdog has, or was asked to have, a duplicate.
+        self.given = False
+        self.interest = 0
+        self.eof = False
+        # Our side is shut down; when closing must be over at the latest.
+        self.shut = False
+        self.deadline = 0.0
+
+    @property
+    def key(self) -> bytes:
+        """Under which the watchdog has it."""
+        return self.conn.to_bytes(8, "big")
+
+
+def main(child: Child, settings: EdgeSettings) -> None:
+    """Be an edge until asked to stop."""
+    edge = Edge(child, settings)
+    try:
+        edge.adopt_all()
+        edge.run()
+    finally:
+        edge.close()
+
+
+class Edge:
+    """One edge process."""
+
+    def __init__(self, child: Child, settings: EdgeSettings) -> None:
+        self.child = child
+        self.settings = settings
+        self.now = time.monotonic()
+        self._started = self.now
+        self._counter = 0
+        self._key_log = KeyLog()
+        try:
+            fingerprint = certificate.ensure(
+                Path(settings.certificate),
+                Path(settings.key),
+                socket.gethostname() or "vpnserver",
+                dt.datetime.now(dt.UTC),
+            )
+            self._context = self._make_context()
+        except (certificate.CertificateError, OSError) as error:
+            child.say(str(error)[:180])
+            raise SystemExit(f"no certificate: {error}") from None
+        _log.info("certificate SHA-256 %s", fingerprint)
+        control, frames = child.held(f"channel:{child.name}")
+        self._control = socket.socket(fileno=control)
+        self._frames = socket.socket(fileno=frames)
+        self._listeners = [socket.socket(fileno=fd) for fd in child.held("listen")]
+        self._lock = -1
+        self._checkpoint = self._map_checkpoint()
+        self._turn = Turn(self._checkpoint.rx_size)
+        self._flows: Flows[Connection] = Flows()
+        self._peers: dict[int, Peer] = {}  # by connection
+        self._by_fd: dict[int, Peer] = {}
+        self._per_address: dict[str, int] = {}
+        self._backlog: list[bytes] = []
+        # Connections that wait for the core, the one that waits longest first.
+        self._asked: dict[int, float] = {}
+        self._not_given: set[int] = set()
+        self._not_dropped: set[bytes] = set()
+        self._counted: dict[int, tuple[int, int, int, int, int]] = {}
+        self._epoch = 0
+        self._old_flows_end = 0.0  # when flows of other epochs end; 0.0: there are none
+        self._core_read_at = self.now
+        self._crowded_until = 0.0
+        self._crowded_used: dict[int, int] = {}
+        self._next_tick = self.now
+        self._next_counts = self.now + _COUNTS_INTERVAL
+        self._next_seen = self.now + _FLOWS_SEEN_INTERVAL
+        self._accepting = False
+        self._accept = child.duty("accept")
+        self._login = child.duty("login")
+        self._forward = child.duty("forward")
+        self._epoll = select.epoll()
+        self._epoll.register(child.fileno(), select.EPOLLIN)
+        self._epoll.register(self._control, select.EPOLLIN)
+        self._epoll.register(self._frames, select.EPOLLIN)
+
+    def _make_context(self) -> ssl.SSLContext:
+        return make_context(self.settings.certificate, self.settings.key, self._key_log)
+
+    def close(self) -> None:
+        """Give back what is ours; what was held for us stays open."""
+        for peer in list(self._peers.values()):
+            self._epoll_forget(peer)
+            peer.sock.close()
+        self._peers.clear()
+        self._epoll.close()
+        for sock in (self._control, self._frames, *self._listeners):
+            sock.detach()
+        # Closes OpenSSL's file.
+        self._context.keylog_filename = None  # type: ignore[assignment]
+        self._key_log.close()
+        os.close(self._lock)
+
+    # --- start ------------------------------------------------------------------------------------
+
+    def _map_checkpoint(self) -> Checkpoint:
+        """Map the memory that outlives us, as soon as nobody else does."""
+        child, settings = self.child, self.settings
+        (held,) = child.held(f"checkpoint:{child.name}")
+        # A lock belongs to an open file: one of our own, not the one that is handed down.
+        self._lock = os.open(f"/proc/self/fd/{held}", os.O_RDWR | os.O_CLOEXEC)
+        while True:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                child.turn(time.monotonic())
+                time.sleep(0.01)
+        sizes = (settings.max_connections, settings.receive_ring, settings.send_ring)
+        size = os.fstat(self._lock).st_size
+        if not size:
+            size = checkpoint_size(*sizes)
+            os.ftruncate(self._lock, size)
+            try:
+                fcntl.fcntl(self._lock, _F_ADD_SEALS, _F_SEAL_SHRINK | _F_SEAL_GROW)
+            except OSError as error:
+                _log.warning("checkpoint memory cannot be sealed: %s", error)
+            return Checkpoint.make(memoryview(mmap.mmap(self._lock, size)), *sizes)
+        memory = mmap.mmap(self._lock, size)
+        try:
+            # Its own sizes count: connections of before another setting are in it.
+            return Checkpoint(memoryview(memory))
+        except CheckpointError as error:
+            if size < checkpoint_size(*sizes):
+                raise SystemExit(f"checkpoint memory of no use: {error}") from None
+            _log.warning("checkpoint memory starts anew: %s", error)
+            memory.madvise(mmap.MADV_REMOVE)
+            return Checkpoint.make(memoryview(memory), *sizes)
+
+    def adopt_all(self) -> None:
+        """Go on with what predecessors left; what cannot be gone on with is closed."""
+        poisoned = self._checkpoint.poisoned()
+        given = dict(self.child.given())
+        for slot in self._checkpoint.left():
+            self._adopt(slot, given, poisoned)
+        for key, fd in given.items():
+            # No slot tells of it: it died in its handshake, or its slot made no sense.
+            socket.socket(fileno=fd).close()
+            self._drop(key)
+        if self._peers:
+            _log.info("adopted %d connections", len(self._peers))
+        self._say(channel.Adopted(channel.VERSION))
+        for peer in list(self._peers.values()):
+            # A record that lies in the ring already raises no event.
+            self._work(peer)
+            self._flush(peer)
+
+    def _adopt(self, slot: Slot, given: dict[bytes, int], poisoned: int) -> None:
+        sock = None
+        conn = 0
+        try:
+            identity, _, _ = slot.load()
+            conn = identity.conn
+            fd = given.pop(conn.to_bytes(8, "big"), None)
+            if fd is None:
+                raise CheckpointError(f"slot {slot.index}: nobody has its descriptor")
+            sock = socket.socket(fileno=fd)
+            sock.setblocking(False)
+            if kernel.cookie(sock) != identity.cookie:
+                raise CheckpointError(f"slot {slot.index}: its descriptor is another socket")
+            received, sent = kernel.positions(sock)
+            peer = Peer(sock, conn, identity.accepted_at)
+            peer.connection = Connection.adopt(
+                slot,
+                received,
+                sent,
+                turn=self._turn,
+                flows=self._flows.table,
+                login_bytes=self.settings.login_bytes,
+                now=self.now,
+            )
+        except (CheckpointError, kernel.PositionError, OSError, ValueError, KeyError) as error:
+            _log.warning("connection %#x is lost: %s", conn, error)
+            if conn:
+                self._say(channel.Closed(conn, f"not adopted: {error}"[:200]))
+                self._drop(conn.to_bytes(8, "big"))
+            if sock is not None:
+                sock.close()
+            self._checkpoint.give_back(slot)
+            return
+        peer.slot = slot
+        peer.given = True
+        peer.peer, peer.local = identity.peer, identity.local
+        peer.address = identity.peer.rpartition(":")[0]
+        self._add(peer)
+        if conn == poisoned:
+            _log.error("connection %#x from %s killed two edges: closed unread", conn, peer.peer)
+            self._close(peer, "two edges died on it")
+        elif peer.connection.closing:
+            # Told again: the predecessor may have died in between.
+            self._tell_closed(peer, peer.connection.closing)
+            peer.deadline = self.now + _LINGER
+
+    def _add(self, peer: Peer) -> None:
+        self._peers[peer.conn] = peer
+        self._by_fd[peer.fd] = peer
+        self._per_address[peer.address] = self._per_address.get(peer.address, 0) + 1
+        peer.interest = select.EPOLLIN
+        self._epoll.register(peer.fd, select.EPOLLIN)
+
+    # --- the loop ---------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Serve until asked to stop, then say goodbye to everybody."""
+        child = self.child
+        child.ready()
+        stop_at = 0.0
+        while not stop_at or (self._peers and self.now < stop_at):
+            timeout = min(child.turn(self.now), max(0.0, self._next_tick - self.now))
+            events = dict(self._epoll.poll(timeout))
+            self.now = time.monotonic()
+            self._serve(events)
+            if child.stopping and not stop_at:
+                stop_at = self.now + _STOP_TIMEOUT
+                for peer in list(self._peers.values()):
+                    self._close(peer, "service stops")
+            self._flush_touched()
+            self._forward.done = self._turn.forwarded
+
+    def _serve(self, events: dict[int, int]) -> None:
+        if self.child.fileno() in events and "reload" in self.child.receive():
+            self._reload()
+        if self._control.fileno() in events:
+            self._drain_backlog()
+            self._read_control()
+        if self._frames.fileno() in events:
+            self._read_frames()
+        for fd, event in events.items():
+            peer = self._by_fd.get(fd)
+            if peer is not None:
+                self._ready(peer, event)
+        for listener in self._listeners:
+            if listener.fileno() in events:
+                self._accept_some(listener)
+        if self.now >= self._next_tick:
+            self._next_tick = self.now + _TICK
+            self._tick()
+
+    def _reload(self) -> None:
+        try:
+            certificate.load(Path(self.settings.certificate), Path(self.settings.key))
+            context = self._make_context()
+        except (certificate.CertificateError, OSError) as error:
+            _log.error("the certificate in use stays: %s", error)
+            return
+        # The old one lives as long as its last handshake, and keeps its own key log open.
+        self._context = context
+
+    def _tick(self) -> None:
+        """What is due some times a second."""
+        now = self.now
+        self._accept_or_not()
+        for conn in list(self._not_given):
+            self._give(self._peers[conn])
+        for key in list(self._not_dropped):
+            self._drop(key)
+        for key, why in self.child.refusals():
+            _log.warning("connection %s is not protected: %s", key.hex(), why)
+        for peer in list(self._peers.values()):
+            self._expire(peer)
+        self._login.waiting_since = next(iter(self._asked.values()), 0.0)
+        if self._old_flows_end and now >= self._old_flows_end:
+            self._old_flows_end = 0.0
+            self._flows.remove_others(self._epoch)
+        if not kernel.unsent(self._control.fileno()) and not self._backlog:
+            self._core_read_at = now
+        elif now - self._core_read_at > _CORE_TIMEOUT and len(self._flows):
+            _log.error("the core has read nothing for %d s: flows end", _CORE_TIMEOUT)
+            self._flows.clear()
+        if self._backlog:
+            return  # counts are cumulative, and can wait
+        if now >= self._next_counts:
+            self._next_counts = now + _COUNTS_INTERVAL
+            self._report_counts()
+        if now >= self._next_seen:
+            self._next_seen = now + _FLOWS_SEEN_INTERVAL
+            self._report_seen()
+
+    def _expire(self, peer: Peer) -> None:
+        now = self.now
+        connection = peer.connection
+        if peer.deadline:
+            if now >= peer.deadline:
+                self._gone(peer, "closed")
+            return
+        if connection is None or connection.mode is Mode.HTTP:
+            limit = peer.accepted_at + self.settings.login_timeout
+            if connection is not None and connection.request:
+                limit += _ANSWER_TIMEOUT  # it is the core that is late, not the client
+            if now >= limit:
+                self._end(peer, "login takes too long")
+            return
+        try:
+            connection.expire(now, random.random)
+        except ConnectionEnds as error:
+            self._close(peer, str(error))
+
+    def _report_counts(self) -> None:
+        for conn, peer in self._peers.items():
+            if peer.connection is None:
+                continue
+            counts = peer.connection.counts()
+            if self._counted.get(conn) != counts:
+                self._counted[conn] = counts
+                if peer.connection.slot is not None:
+                    peer.connection.slot.save_counts(*counts)
+                self._say(channel.Counts(conn, *counts))
+
+    def _report_seen(self) -> None:
+        for conn, peer in self._peers.items():
+            connection = peer.connection
+            if connection is not None and connection.seen:
+                for key in connection.seen:
+                    self._say(channel.FlowSeen(conn, key))
+                connection.seen.clear()
+
+    # --- accepting --------------------------------------------------------------------------------
+
+    def _accept_or_not(self, *, pause: bool = False) -> None:
+        """Let new clients wait in the kernel while there is no place for them."""
+        wanted = (
+            not pause
+            and len(self._peers) < self.settings.max_connections
+            and len(self._backlog) < _MAX_BACKLOG
+            and not self.child.stopping
+        )
+        if wanted != self._accepting:
+            self._accepting = wanted
+            for listener in self._listeners:
+                if wanted:
+                    # One edge wakes up for a new client, not all of them.
+                    self._epoll.register(listener, select.EPOLLIN | select.EPOLLEXCLUSIVE)
+                else:
+                    self._epoll.unregister(listener)
+
+    def _accept_some(self, listener: socket.socket) -> None:
+        for _ in range(_ACCEPTS_PER_TURN):
+            self._accept_or_not()
+            if not self._accepting:
+                return
+            try:
+                sock, address = listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno not in {errno.ECONNABORTED, errno.EPROTO}:
+                    # Most likely there is no descriptor left: look again with the next tick.
+                    _log.warning("accept: %s", error)
+                    self._accept_or_not(pause=True)
+                return
+            self._accept.done += 1
+            limit = self.settings.max_per_address
+            if limit and self._per_address.get(address[0], 0) >= limit:
+                self._turn.drops["connections of one address"] += 1
+                sock.close()
+                continue
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            peer = Peer(sock, self._next_conn(), self.now)
+            peer.address = address[0]
+            peer.peer = f"{address[0]}:{address[1]}"
+            local = sock.getsockname()
+            peer.local = f"{local[0]}:{local[1]}"
+            peer.handshake = Handshake(self._context, self._key_log)
+            self._add(peer)
+
+    def _next_conn(self) -> int:
+        """A name that no connection had or will have."""
+        self._counter += 1
+        if self._counter == channel.CONNS_PER_START:
+            # As if we had been started now; a million connections take longer than the
+            # millisecond that tells two starts apart.
+            self._started, self._counter = self.now, 1
+        return channel.conn_id(self.settings.index, self._started, self._counter)
+
+    # --- one connection ---------------------------------------------------------------------------
+
+    def _ready(self, peer: Peer, event: int) -> None:
+        try:
+            if peer.handshake is not None:
+                self._shake(peer, event)
+            else:
+                if event & select.EPOLLOUT:
+                    self._flush(peer)
+                if event & select.EPOLLIN and peer.interest & select.EPOLLIN:
+                    self._read(peer)
+                elif event & (select.EPOLLERR | select.EPOLLHUP):
+                    self._gone(peer, "connection reset")
+        except OSError as error:
+            self._gone(peer, error.strerror or str(error))
+
+    def _shake(self, peer: Peer, event: int) -> None:
+        handshake = peer.handshake
+        assert handshake is not None  # the caller looked
+        if peer.unsent:
+            self._send_unsent(peer)
+        if not event & (select.EPOLLIN | select.EPOLLERR | select.EPOLLHUP):
+            return
+        try:
+            data = peer.sock.recv(16384)
+        except BlockingIOError:
+            return
+        if not data:
+            self._gone(peer, "closed in the handshake")
+            return
+        peer.received += len(data)
+        try:
+            peer.unsent += handshake.feed(data)
+        except HandshakeError as error:
+            _log.info("handshake with %s: %s", peer.peer, error)
+            peer.unsent += handshake.alert()
+            try:
+                self._send_unsent(peer)
+            finally:
+                self._gone(peer, str(error))
+            return
+        self._send_unsent(peer)
+        if handshake.done:
+            self._open(peer, handshake)
+
+    def _send_unsent(self, peer: Peer) -> None:
+        if peer.unsent:
+            try:
+                size = peer.sock.send(peer.unsent)
+            except BlockingIOError:
+                size = 0
+            peer.sent += size
+            peer.unsent = peer.unsent[size:]
+        self._watch(peer, select.EPOLLIN | (select.EPOLLOUT if peer.unsent else 0))
+
+    def _open(self, peer: Peer, handshake: Handshake) -> None:
+        """The handshake is done: go on with records of our own, or with OpenSSL's."""
+        slot = self._checkpoint.take()
+        if slot is None:
+            # The memory was made for fewer connections than the settings allow now.
+            self._gone(peer, "no slot left")
+            return
+        secrets = handshake.secrets()
+        leftover = handshake.leftover() if secrets else b""
+        start = peer.received - len(leftover)
+        rx = Ring(slot.rx_memory, start, start, start)
+        tx = Ring(slot.tx_memory, peer.sent, peer.sent, peer.sent)
+        rx.append(leftover)
+        tx.append(peer.unsent)
+        records: Records
+        if secrets:
+            records = OwnRecords(
+                rx, tx, Opener(secrets.suite, secrets.read), Sealer(secrets.suite, secrets.write)
+            )
+        else:
+            records = OpenSSLRecords(rx, tx, handshake)
+        identity = Identity(
+            peer.conn,
+            kernel.cookie(peer.sock),
+            peer.accepted_at,
+            secrets.suite.number if secrets else 0,
+            peer.peer,
+            peer.local,
+            handshake.describe(records.kind),
+        )
+        connection = Connection(
+            identity,
+            records,
+            rx,
+            tx,
+            turn=self._turn,
+            flows=self._flows.table(peer.conn),
+            slot=slot if secrets else None,
+            login_bytes=self.settings.login_bytes,
+            now=self.now,
+        )
+        peer.slot = slot
+        peer.handshake = None
+        peer.unsent = b""
+        peer.connection = connection
+        self._protect(peer, connection, secrets)
+        self._say(channel.Opened(peer.conn, peer.peer, peer.local, identity.tls))
+        self._work(peer)
+        self._flush(peer)
+
+    def _protect(self, peer: Peer, connection: Connection, secrets: Secrets | None) -> None:
+        if secrets is not None and peer.slot is not None:
+            peer.slot.create(connection.identity, connection.hot(), connection.cold())
+            self._give(peer)
+
+    def _give(self, peer: Peer) -> None:
+        """Have the watchdog keep a duplicate; again later if it cannot now."""
+        peer.given = self.child.give(peer.key, peer.fd)
+        if peer.given:
+            self._not_given.discard(peer.conn)
+        else:
+            self._not_given.add(peer.conn)
+
+    def _drop(self, key: bytes) -> None:
+        if self.child.drop(key):
+            self._not_dropped.discard(key)
+        else:
+            self._not_dropped.add(key)
+
+    def _read(self, peer: Peer) -> None:
+        connection = peer.connection
+        assert connection is not None  # the caller looked
+        if connection.closing:
+            self._discard(peer)
+            return
+        rx = connection.rx
+        piece = rx.free()
+        if not piece:
+            self._watch_connection(peer)
+            return
+        if connection.slot is not None:
+            connection.slot.set_dirty(True)
+        try:
+            size = peer.sock.recv_into(piece)
+        except BlockingIOError:
+            return
+        if not size:
+            peer.eof = True
+            self._close(peer, "client left")
+            return
+        rx.put(size)
+        self._work(peer)
+
+    def _discard(self, peer: Peer) -> None:
+        """Read what nobody wants any more, so that our goodbye is not followed by a reset."""
+        for _ in range(16):
+            try:
+                if not peer.sock.recv(65536):
+                    peer.eof = True
+                    self._flush(peer)
+                    return
+            except BlockingIOError:
+                return
+
+    def _work(self, peer: Peer) -> None:
+        """Go on with what lies in the receive ring."""
+        connection = peer.connection
+        assert connection is not None  # the callers looked
+        checkpoint = self._checkpoint
+        asked = bool(connection.request)
+        checkpoint.mark(peer.conn, connection.rx.start)
+        ends, alert = "", Alert.CLOSE_NOTIFY
+        try:
+            connection.receive(self.now)
+        except ConnectionEnds as error:
+            ends = str(error)
+        except TLSError as error:
+            ends, alert = str(error), error.alert
+        except Exception:  # noqa: BLE001  # a bug of ours costs one connection, not all of them
+            _log.exception("connection %#x of %s", peer.conn, peer.peer)
+            ends, alert = "internal error", Alert.INTERNAL_ERROR
+        if connection.misses:
+            self._send_frames(connection)
+        if ends:
+            self._close(peer, ends, alert)
+        else:
+            if connection.request and not asked:
+                self._ask(connection)
+            connection.save()
+        checkpoint.mark(0, 0)
+        self._watch_connection(peer)
+
+    def _ask(self, connection: Connection) -> None:
+        self._asked[connection.conn] = self.now
+        self._say(channel.Request(connection.conn, connection.number + 1, connection.request))
+
+    def _send_frames(self, connection: Connection) -> None:
+        """Show the core what no known flow took."""
+        crowded = self.now < self._crowded_until
+        for blocks in connection.take_misses():
+            if crowded:
+                used = self._crowded_used.get(connection.conn, 0)
+                if used and used + len(blocks) > _CROWDED_QUOTA:
+                    connection.drop("core busy", channel.count_blocks(blocks))
+                    continue
+                self._crowded_used[connection.conn] = used + len(blocks)
+            try:
+                self._frames.send(channel.encode(channel.Frames(connection.conn, blocks)))
+            except BlockingIOError:
+                connection.drop("core busy", channel.count_blocks(blocks))
+                if not crowded:
+                    crowded = True
+                    self._crowded_used.clear()
+                self._crowded_until = self.now + _CROWDED
+
+    def _flush_touched(self) -> None:
+        turn = self._turn
+        touched, turn.touched = turn.touched, []
+        for connection in touched:
+            connection.touched = False
+            peer = self._peers.get(connection.conn)
+            if peer is not None:
+                self._flush(peer)
+        self._crowded_used.clear()
+
+    def _flush(self, peer: Peer) -> None:
+        """Send what is in force and not sent yet; the end of closing comes here too."""
+        connection = peer.connection
+        if connection is None:
+            return
+        tx = connection.tx
+        try:
+            while tx.start < tx.end:
+                piece = tx.first_piece()
+                size = peer.sock.send(piece)
+                tx.start += size
+                if size < len(piece):
+                    break
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self._gone(peer, error.strerror or str(error))
+            return
+        if tx.start == tx.end:
+            tx.rewind()
+            if connection.closing:
+                self._shut(peer)
+                return
+            if connection.slot is not None and connection.rx.start == connection.rx.end:
+                connection.slot.set_dirty(False)
+        self._watch_connection(peer)
+
+    def _watch_connection(self, peer: Peer) -> None:
+        connection = peer.connection
+        if connection is None or peer.conn not in self._peers:
+            return
+        interest = 0
+        if connection.closing:
+            interest = 0 if peer.eof else select.EPOLLIN
+        elif connection.wants_bytes:
+            interest = select.EPOLLIN
+        if connection.tx.start < connection.tx.end:
+            interest |= select.EPOLLOUT
+        self._watch(peer, interest)
+
+    def _watch(self, peer: Peer, interest: int) -> None:
+        if interest != peer.interest:
+            peer.interest = interest
+            self._epoll.modify(peer.fd, interest)
+
+    # --- the end of a connection ------------------------------------------------------------------
+
+    def _end(self, peer: Peer, why: str) -> None:
+        """Close a connection in whatever state it is."""
+        if peer.connection is None:
+            self._gone(peer, why)
+        else:
+            self._close(peer, why)
+
+    def _close(self, peer: Peer, why: str, alert: int = Alert.CLOSE_NOTIFY) -> None:
+        """Begin to close: goodbye, flush, shut, read until the end or the deadline, forget."""
+        connection = peer.connection
+        if connection is None:
+            self._gone(peer, why)
+            return
+        if connection.closing and peer.deadline:
+            return
+        connection.close(why, alert)
+        self._tell_closed(peer, connection.closing)
+        peer.deadline = self.now + _LINGER
+        self._watch_connection(peer)
+
+    def _tell_closed(self, peer: Peer, why: str) -> None:
+        self._flows.close(peer.conn)
+        self._asked.pop(peer.conn, None)
+        self._counted.pop(peer.conn, None)
+        connection = peer.connection
+        if connection is not None:
+            self._say(channel.Counts(peer.conn, *connection.counts()))
+            self._say(channel.Closed(peer.conn, why[:200]))
+
+    def _shut(self, peer: Peer) -> None:
+        """Everything is sent: say so to TCP, and wait for the client to say the same."""
+        if not peer.shut:
+            peer.shut = True
+            peer.deadline = self.now + _LINGER
+            try:
+                peer.sock.shutdown(socket.SHUT_WR)
+            except OSError:
+                self._gone(peer, "closed")
+                return
+        if peer.eof:
+            self._gone(peer, "closed")
+        else:
+            self._watch_connection(peer)
+
+    def _gone(self, peer: Peer, why: str) -> None:
+        """The last thing that happens to a connection."""
+        if self._peers.pop(peer.conn, None) is None:
+            return
+        connection = peer.connection
+        if connection is not None and not peer.deadline:
+            self._tell_closed(peer, why)
+            connection.closing = why
+        self._epoll_forget(peer)
+        self._not_given.discard(peer.conn)
+        left = self._per_address[peer.address] - 1
+        if left:
+            self._per_address[peer.address] = left
+        else:
+            del self._per_address[peer.address]
+        try:
+            # The watchdog's duplicate would keep the connection open.
+            peer.sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # the client has gone first
+        if peer.given:
+            self._drop(peer.key)
+        peer.sock.close()
+        if peer.slot is not None:
+            self._checkpoint.give_back(peer.slot)
+
+    def _epoll_forget(self, peer: Peer) -> None:
+        if self._by_fd.pop(peer.fd, None) is not None:
+            # By hand: while a duplicate lives, closing does not do it.
+            self._epoll.unregister(peer.fd)
+
+    # --- the core ---------------------------------------------------------------------------------
+
+    def _say(self, message: channel.FromEdge) -> None:
+        data = channel.encode(message)
+        if self._backlog or not self._try_control(data):
+            if not self._backlog:
+                self._epoll.modify(self._control, select.EPOLLIN | select.EPOLLOUT)
+            self._backlog.append(data)
+
+    def _try_control(self, data: bytes) -> bool:
+        try:
+            self._control.send(data)
+        except BlockingIOError:
+            return False
+        return True
+
+    def _drain_backlog(self) -> None:
+        sent = 0
+        for data in self._backlog:
+            if not self._try_control(data):
+                break
+            sent += 1
+        if sent:
+            del self._backlog[:sent]
+            if not self._backlog:
+                self._epoll.modify(self._control, select.EPOLLIN)
+
+    def _read_control(self) -> None:
+        for _ in range(_CONTROL_PER_TURN):
+            try:
+                data = self._control.recv(channel.MAX_MESSAGE + 1)
+            except BlockingIOError:
+                return
+            try:
+                message = channel.decode_from_core(data)
+            except ChannelError as error:
+                _log.error("message of the core: %s", error)
+                continue
+            match message:
+                case channel.State():
+                    self._apply(message)
+                case channel.Flow():
+                    self._add_flow(message)
+                case channel.Unflow(conn, key):
+                    if key == channel.ALL_FLOWS:
+                        self._flows.remove_all(conn)
+                    else:
+                        self._flows.remove(conn, key)
+                case channel.Hello():
+                    self._greet(message)
+                case channel.FramesOut():
+                    _log.error("frames of the core on the control socket")
+
+    def _apply(self, state: channel.State) -> None:
+        peer = self._peers.get(state.conn)
+        if peer is None or peer.connection is None:
+            return  # it has closed meanwhile, and the core is being told
+        connection = peer.connection
+        try:
+            if not connection.apply(state, self.now):
+                return
+        except ConnectionEnds as error:
+            self._close(peer, str(error))
+            return
+        except TLSError as error:
+            self._close(peer, str(error), error.alert)
+            return
+        if self._asked.pop(state.conn, None) is not None:
+            self._login.done += 1
+        if connection.closing:
+            self._close(peer, connection.closing)
+        else:
+            self._work(peer)
+
+    def _add_flow(self, flow: channel.Flow) -> None:
+        peer, to = self._peers.get(flow.conn), self._peers.get(flow.to_conn)
+        # Never back to where it came from: a connection that is being read must not be saved.
+        if peer is None or to is None or peer is to:
+            return
+        if to.connection is not None and not to.connection.closing and peer.connection is not None:
+            self._flows.add(flow.conn, flow.key, flow.to_conn, to.connection, self._epoch)
+
+    def _greet(self, hello: channel.Hello) -> None:
+        """A core serves: tell it all there is, and ask again what was not answered."""
+        if hello.version != channel.VERSION:
+            _log.error("the core speaks version %d, we %d", hello.version, channel.VERSION)
+            return
+        self._epoch = hello.epoch
+        live = [
+            peer.connection
+            for peer in self._peers.values()
+            if peer.connection is not None and not peer.connection.closing
+        ]
+        for connection in live:
+            self._say(connection.replay())
+        for conn, key in self._flows:
+            self._say(channel.FlowSeen(conn, key))
+        self._say(channel.Replayed(hello.epoch))
+        self._counted.clear()
+        self._old_flows_end = self.now + _OLD_FLOWS_TIMEOUT
+        for connection in live:
+            if connection.request:
+                self._ask(connection)
+
+    def _read_frames(self) -> None:
+        for _ in range(_FRAMES_PER_TURN):
+            try:
+                data = self._frames.recv(channel.MAX_MESSAGE + 1)
+            except BlockingIOError:
+                return
+            try:
+                message = channel.decode_from_core(data)
+                if not isinstance(message, channel.FramesOut):
+                    raise ChannelError(f"{type(message).__name__} on the frames socket")
+                count = channel.count_blocks(message.blocks)
+            except ChannelError as error:
+                _log.error("frames of the core: %s", error)
+                continue
+            size = len(message.blocks)
+            batch = memoryview(bytearray(b"".join((b"\0\0\0\0", message.blocks, b"\0"))))
+            for conn in message.conns:
+                peer = self._peers.get(conn)
+                if peer is None or peer.connection is None:
+                    self._turn.drops["no such connection"] += count
+                    continue
+                # Each time: who has not room for all of it cuts it.
+                batch[:4] = channel.U32.pack(count)
+                peer.connection.deliver(batch, 0, 4 + size, count, size - 4 * count, self.now)

@@ -1,0 +1,505 @@
+"""A whole edge in a process of its own, OpenSSL clients in front of it, a scripted core behind."""
+
+import socket
+import ssl
+import struct
+from collections.abc import Iterator
+
+import pytest
+
+from pkvpn import channel
+from pkvpn.channel import Mode
+from pkvpn.edge.main import EdgeSettings
+from tests.edge.conftest import Pem
+from tests.edge.fake_child import FakeTree
+from tests.support import eventually
+
+pytestmark = pytest.mark.slow
+
+REQUEST = b"POST /vpnsvc/connect.cgi HTTP/1.1\r\nContent-Length: 10\r\n\r\nVPNCONNECT"
+A, B = b"\x02\0\0\0\0\x0a", b"\x02\0\0\0\0\x0b"
+
+
+def frame(to: bytes, source: bytes, size: int = 60, fill: int = 0x55) -> bytes:
+    return to + source + b"\x08\x00" + bytes([fill]) * (size - 14)
+
+
+def batch(*frames: bytes) -> bytes:
+    return struct.pack("!I", len(frames)) + channel.join_blocks(list(frames))
+
+
+class Client:
+    """A client that speaks TLS by OpenSSL."""
+
+    def __init__(
+        self, tree: FakeTree, version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3, buffer: int = 0
+    ) -> None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+        context.maximum_version = version
+        plain = socket.socket()
+        if buffer:
+            plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+        plain.settimeout(10)
+        plain.connect(tree.address)
+        self.tree = tree
+        self.sock = context.wrap_socket(plain, suppress_ragged_eofs=False)
+        opened = tree.core.wait_for(channel.Opened)
+        self.conn: int = opened.conn
+        self.tls: str = opened.tls
+        assert opened.peer == "{}:{}".format(*self.sock.getsockname())
+
+    def login(self, timeout: float = 20.0, blob: bytes = b"blob") -> "Client":
+        """Go through one request to the data phase."""
+        self.sock.sendall(REQUEST)
+        request = self.tree.core.wait_for(channel.Request)
+        assert request == (self.conn, 1, REQUEST)
+        self.tree.core.say(
+            channel.State(self.conn, 1, b"welcome", Mode.BLOCKS, "", timeout, True, blob)
+        )
+        assert self.read(7) == b"welcome"
+        return self
+
+    def read(self, size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            piece = self.sock.recv(size - len(data))
+            assert piece, data
+            data += piece
+        return data
+
+    def read_frames(self, count: int) -> list[bytes]:
+        """The next frames; keep-alives are skipped."""
+        frames: list[bytes] = []
+        while len(frames) < count:
+            (n,) = struct.unpack("!I", self.read(4))
+            if n == 0xFFFFFFFF:
+                self.read(struct.unpack("!I", self.read(4))[0])
+                continue
+            frames += [self.read(struct.unpack("!I", self.read(4))[0]) for _ in range(n)]
+        return frames
+
+    def read_to_the_end(self) -> bytes:
+        """All that comes before the close_notify; an end without one is an ssl.SSLEOFError."""
+        data = b""
+        while piece := self.sock.recv(65536):
+            data += piece
+        return data
+
+    def close(self) -> None:
+        self.sock.close()
+
+
+@pytest.fixture
+def tree(pem: Pem) -> Iterator[FakeTree]:
+    tree = FakeTree(
+        EdgeSettings(
+            index=1, certificate=str(pem.cert), key=str(pem.key), login_timeout=5.0,
+            max_connections=50,
+        )
+    )  # fmt: skip
+    tree.start()
+    tree.core.expect(channel.Adopted)
+    tree.core.say(channel.Hello(channel.VERSION, 1))
+    assert tree.core.expect(channel.Replayed).epoch == 1
+    yield tree
+    tree.close()
+
+
+@pytest.fixture
+def pair(tree: FakeTree) -> Iterator[tuple[Client, Client]]:
+    """Two clients in the data phase, with known flows between A of the first and B of the other."""
+    a, b = Client(tree).login(), Client(tree).login()
+    tree.core.say(channel.Flow(a.conn, B + A, b.conn))
+    tree.core.say(channel.Flow(b.conn, A + B, a.conn))
+    # Frames the core sends are behind the flows only if the edge has read the flows: ask it.
+    tree.core.say(channel.Hello(channel.VERSION, 1))
+    while not isinstance(tree.core.hear(), channel.Replayed):
+        pass
+    yield a, b
+    a.close()
+    b.close()
+
+
+def test_a_login_ends_in_the_data_phase_and_misses_reach_the_core(tree: FakeTree) -> None:
+    client = Client(tree)
+    assert client.tls.startswith("TLSv1.3 own TLS_AES_256_GCM")
+    client.login()
+    frames = [frame(b"\xff" * 6, A), frame(B, A, 1514)]
+    client.sock.sendall(batch(*frames))
+    assert tree.core.hear_frames() == (client.conn, frames)
+    tree.core.say(channel.FramesOut((client.conn,), channel.join_blocks([frame(A, B)])))
+    assert client.read_frames(1) == [frame(A, B)]
+    client.close()
+    assert tree.core.expect(channel.Closed).why == "client left"
+
+
+def test_known_flows_do_not_reach_the_core(tree: FakeTree, pair: tuple[Client, Client]) -> None:
+    a, b = pair
+    frames = [frame(B, A, 1514, fill) for fill in range(100)]
+    a.sock.sendall(batch(*frames[:50]) + batch(*frames[50:]))
+    assert b.read_frames(100) == frames
+    # A stranger's source, from a connection it does not belong to.
+    b.sock.sendall(batch(frame(B, A), frame(A, B)))
+    assert a.read_frames(1) == [frame(A, B)]
+    assert tree.core.hear_frames() == (b.conn, [frame(B, A)])
+
+
+def test_flows_end_when_the_core_says_so(tree: FakeTree, pair: tuple[Client, Client]) -> None:
+    a, b = pair
+    tree.core.say(channel.Unflow(a.conn, B + A))
+    eventually_misses(tree, a, frame(B, A))
+
+
+def eventually_misses(tree: FakeTree, client: Client, missed: bytes) -> None:
+    """Send the frame until it is not taken by a flow any more."""
+    tree.core.frames.settimeout(0.05)
+
+    def reaches_the_core() -> bool:
+        client.sock.sendall(batch(missed))
+        try:
+            return tree.core.hear_frames() == (client.conn, [missed])
+        except TimeoutError:
+            return False
+
+    eventually(reaches_the_core)
+    tree.core.frames.settimeout(10)
+
+
+def test_a_kick_ends_with_close_notify(tree: FakeTree, pair: tuple[Client, Client]) -> None:
+    a, b = pair
+    tree.core.say(channel.State(a.conn, 2, b"", Mode.CLOSING, "kicked", 0.0, False, b""))
+    a.read_to_the_end()
+    closed = tree.core.wait_for(channel.Closed)
+    assert closed == (a.conn, "kicked")
+    # Its flows went with it.
+    eventually_misses(tree, b, frame(A, B))
+
+
+def test_a_stop_says_goodbye_to_everybody(tree: FakeTree, pair: tuple[Client, Client]) -> None:
+    fresh = Client(tree)
+    assert tree.stop() == 0
+    for client in (*pair, fresh):
+        client.read_to_the_end()
+    assert tree.given == {}
+    fresh.close()
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"\x00\x00\x00\x01\x00\x00\x0c\x81" + bytes(3201),  # a block of 3201 bytes
+        b"\x00\x00\x10\x01",  # a batch of 4097
+        b"\xff\xff\xff\xff\x00\x00\x02\x01",  # a keep-alive of 513
+    ],
+)
+def test_a_stream_out_of_step_ends_with_close_notify(tree: FakeTree, garbage: bytes) -> None:
+    client = Client(tree).login()
+    client.sock.sendall(garbage)
+    client.read_to_the_end()
+    client.close()
+
+
+def test_frames_of_odd_sizes_are_dropped_and_the_stream_goes_on(
+    tree: FakeTree, pair: tuple[Client, Client]
+) -> None:
+    a, b = pair
+    odd = [b"short", b"", frame(B, A, 1601), frame(B, A, 3200)]
+    good = [frame(B, A, 1600), frame(B, A, 14), frame(B, A, 1514)]
+    a.sock.sendall(batch(odd[0], good[0], odd[1], odd[2], good[1], odd[3], good[2]))
+    assert b.read_frames(3) == good
+    a.sock.sendall(b"\0\0\0\0" + b"\xff\xff\xff\xff\0\0\2\0" + bytes(512) + batch(good[0]))
+    assert b.read_frames(1) == [good[0]]
+    counts = tree.core.wait_for(channel.Counts)
+    while counts.conn != a.conn or counts.frames_in < 4:
+        counts = tree.core.wait_for(channel.Counts)
+    assert counts.drops == 3
+    assert counts.bytes_in == 1600 + 14 + 1514 + 1600
+
+
+def test_garbage_before_and_in_the_handshake_costs_one_connection(tree: FakeTree) -> None:
+    for noise in (b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x00\x10" + bytes(16)):
+        with socket.create_connection(tree.address, timeout=10) as sock:
+            sock.sendall(noise)
+            while sock.recv(1000):
+                pass
+    Client(tree).close()
+
+
+def test_noise_instead_of_a_request_ends_with_close_notify(tree: FakeTree) -> None:
+    client = Client(tree)
+    client.sock.sendall(b"\x01\x02\x03")
+    client.read_to_the_end()
+    client.close()
+
+
+def test_a_login_that_takes_too_long_is_ended_however_busy(tree: FakeTree) -> None:
+    client = Client(tree)
+    client.sock.settimeout(0.2)
+    with pytest.raises(ssl.SSLError):
+        while True:
+            client.sock.sendall(b"G")  # one byte of a request line, again and again
+            try:
+                if not client.sock.recv(100):
+                    raise ssl.SSLError("goodbye")
+            except TimeoutError:
+                pass
+    assert tree.core.wait_for(channel.Closed).why == "login takes too long"
+    client.close()
+
+
+def test_tls_12_works_with_records_of_openssl(tree: FakeTree) -> None:
+    old, new = Client(tree, ssl.TLSVersion.TLSv1_2).login(), Client(tree).login()
+    assert old.tls.startswith("TLSv1.2 openssl")
+    tree.core.say(channel.Flow(old.conn, B + A, new.conn))
+    tree.core.say(channel.FramesOut((old.conn, new.conn), channel.join_blocks([frame(A, B)])))
+    assert old.read_frames(1) == new.read_frames(1) == [frame(A, B)]
+    frames = [frame(B, A, 1514, fill) for fill in range(100)]
+    old.sock.sendall(batch(*frames))
+    assert new.read_frames(100) == frames
+    tree.core.say(channel.State(old.conn, 2, b"", Mode.CLOSING, "kicked", 0.0, False, b""))
+    old.read_to_the_end()
+    old.close()
+    new.close()
+
+
+def test_keep_alives_come_and_silence_ends(tree: FakeTree) -> None:
+    client = Client(tree).login(timeout=1.0)
+    for _ in range(2):
+        head, size = struct.unpack("!II", client.read(8))
+        assert head == 0xFFFFFFFF
+        client.read(size)
+    client.read_to_the_end()
+    assert tree.core.wait_for(channel.Closed).why == "silent for 1 s"
+    client.close()
+
+
+def test_a_slow_client_costs_its_own_frames_only(tree: FakeTree) -> None:
+    slow, quick, source = Client(tree, buffer=4096).login(), Client(tree).login(), Client(tree)
+    source.login()
+    tree.core.say(channel.Flow(source.conn, A + B, slow.conn))
+    tree.core.say(channel.Flow(source.conn, B + B, quick.conn))
+    sent = 0
+
+    def some_were_dropped() -> bool:
+        nonlocal sent
+        source.sock.sendall(batch(*(frame(A, B, 1514) for _ in range(100))))
+        source.sock.sendall(batch(frame(B, B, 1514, sent % 256)))
+        assert quick.read_frames(1) == [frame(B, B, 1514, sent % 256)]
+        sent += 1
+        tree.core.control.setblocking(False)
+        try:
+            counts = tree.core.wait_for(channel.Counts)
+        except BlockingIOError:
+            return False
+        return bool(counts.conn == slow.conn and counts.drops)
+
+    # Known flows to it are there as soon as the first frame has come through.
+    eventually(some_were_dropped, within=20.0)
+    tree.core.control.settimeout(10)
+    # What arrives is whole, and goes on.
+    assert slow.read_frames(300) == [frame(A, B, 1514)] * 300
+    for client in (slow, quick, source):
+        client.close()
+
+
+def test_a_new_core_hears_of_everything_and_is_asked_again(tree: FakeTree) -> None:
+    live, asking = Client(tree).login(blob=b"my blob"), Client(tree)
+    asking.sock.sendall(REQUEST)
+    assert tree.core.wait_for(channel.Request).conn == asking.conn
+
+    tree.core.say(channel.Hello(channel.VERSION, 2))
+    replays = [tree.core.expect(channel.Replay) for _ in range(2)]
+    assert [(r.conn, r.number, r.mode, r.blob) for r in replays] == [
+        (live.conn, 1, Mode.BLOCKS, b"my blob"),
+        (asking.conn, 0, Mode.HTTP, b""),
+    ]
+    assert tree.core.expect(channel.Replayed).epoch == 2
+    assert tree.core.expect(channel.Request) == (asking.conn, 1, REQUEST)
+    answer = channel.State(asking.conn, 1, b"once", Mode.HTTP, "", 0.0, False, b"")
+    tree.core.say(answer)
+    tree.core.say(answer)  # the dead core may have answered too
+    assert asking.read(4) == b"once"
+    asking.sock.sendall(REQUEST)
+    assert tree.core.expect(channel.Request).number == 2
+    live.close()
+    asking.close()
+
+
+def test_flows_outlive_a_core_and_end_if_the_new_one_does_not_want_them(
+    tree: FakeTree, pair: tuple[Client, Client]
+) -> None:
+    a, b = pair
+    tree.core.say(channel.Hello(channel.VERSION, 2))
+    tree.core.wait_for(channel.Replayed)
+    tree.core.say(channel.Flow(b.conn, A + B, a.conn))
+    a.sock.sendall(batch(frame(B, A)))
+    assert b.read_frames(1) == [frame(B, A)]
+    eventually_misses(tree, a, frame(B, A))
+    b.sock.sendall(batch(frame(A, B)))
+    assert a.read_frames(1) == [frame(A, B)]
+
+
+# --- the death of an edge -----------------------------------------------------------------------
+
+
+def restart(tree: FakeTree) -> None:
+    tree.kill()
+    tree.start()
+    tree.core.wait_for(channel.Adopted)
+    tree.core.say(channel.Hello(channel.VERSION, 1))
+
+
+def test_a_killed_edge_loses_no_connection(tree: FakeTree, pair: tuple[Client, Client]) -> None:
+    a, b = pair
+    for round_ in range(3):
+        restart(tree)
+        replays = [tree.core.expect(channel.Replay) for _ in range(2)]
+        assert {(r.conn, r.number, r.mode, r.blob) for r in replays} == {
+            (client.conn, 1, Mode.BLOCKS, b"blob") for client in pair
+        }
+        assert all(r.tls.startswith("TLSv1.3 own") for r in replays)
+        tree.core.expect(channel.Replayed)
+        tree.core.say(channel.Flow(a.conn, B + A, b.conn))
+        tree.core.say(channel.FramesOut((b.conn,), channel.join_blocks([frame(B, A, 99)])))
+        assert b.read_frames(1) == [frame(B, A, 99)]
+        frames = [frame(B, A, 1000 + round_, fill) for fill in range(50)]
+        a.sock.sendall(batch(*frames))
+        assert b.read_frames(50) == frames
+    tree.core.say(channel.State(a.conn, 2, b"", Mode.CLOSING, "kicked", 0.0, False, b""))
+    a.read_to_the_end()
+
+
+def test_what_was_sent_while_no_edge_lived_is_read_by_the_next(tree: FakeTree) -> None:
+    client, idle = Client(tree).login(), Client(tree)
+    data = batch(*(frame(B, A, 1000, fill) for fill in range(9)))
+    client.sock.sendall(data[:5000])  # in the middle of a frame
+    seen: list[bytes] = []
+    while len(seen) < 4:
+        seen += tree.core.hear_frames()[1]
+    tree.kill()
+    client.sock.sendall(data[5000:])
+    idle.sock.sendall(REQUEST)
+    tree.start()
+    while len(seen) < 9:
+        seen += tree.core.hear_frames()[1]
+    assert seen == [frame(B, A, 1000, fill) for fill in range(9)]
+    assert tree.core.wait_for(channel.Request) == (idle.conn, 1, REQUEST)
+    client.close()
+    idle.close()
+
+
+def test_a_request_in_the_hands_of_a_dead_edge_is_asked_again(tree: FakeTree) -> None:
+    client = Client(tree)
+    client.sock.sendall(REQUEST)
+    tree.core.wait_for(channel.Request)
+    tree.kill()
+    tree.start()
+    assert tree.core.wait_for(channel.Request) == (client.conn, 1, REQUEST)
+    tree.core.say(channel.State(client.conn, 1, b"hi", Mode.HTTP, "", 0.0, False, b""))
+    assert client.read(2) == b"hi"
+    client.close()
+
+
+def test_under_load_no_kill_costs_a_connection_or_a_frame(
+    tree: FakeTree, pair: tuple[Client, Client]
+) -> None:
+    """Frames are numbered: each comes at least once, and those of one number are the same."""
+    a, b = pair
+    numbers = iter(range(1 << 30))
+    b.sock.settimeout(0.02)
+    pending: set[bytes] = set()
+    buffer = b""
+
+    def send() -> None:
+        frames = [
+            frame(B, A, 1514)[:-4] + struct.pack("!I", number)
+            for number, _ in zip(numbers, [0] * 40)
+        ]
+        pending.update(frames)
+        a.sock.sendall(batch(*frames))
+
+    def receive() -> None:
+        nonlocal buffer
+        try:
+            while len(buffer) < 1 << 20:
+                buffer += b.sock.recv(65536)
+        except TimeoutError:
+            pass
+        at = 0
+        left = receive_left[0]
+        while len(buffer) - at >= 4:
+            (size,) = struct.unpack_from("!I", buffer, at)
+            if left:
+                if len(buffer) - at < 4 + size:
+                    break
+                pending.discard(buffer[at + 4 : at + 4 + size])
+                at += 4 + size
+                left -= 1
+            elif size == 0xFFFFFFFF:
+                if len(buffer) - at < 8:
+                    break
+                (size,) = struct.unpack_from("!I", buffer, at + 4)
+                if len(buffer) - at < 8 + size:
+                    break
+                at += 8 + size
+            else:
+                left = size
+                at += 4
+        receive_left[0] = left
+        buffer = buffer[at:]
+
+    receive_left = [0]
+    for round_ in range(8):
+        for _ in range(3 + round_):
+            send()
+        tree.kill()
+        send()
+        tree.start()
+        # Flows are the core's to say again; what comes before goes through it.
+        tree.core.wait_for(channel.Adopted)
+        tree.core.say(channel.Hello(channel.VERSION, 1))
+        tree.core.say(channel.Flow(a.conn, B + A, b.conn))
+        tree.core.wait_for(channel.Replayed)
+
+        def all_came() -> bool:
+            tree.core.frames.setblocking(False)
+            try:
+                while True:
+                    message = channel.decode_from_edge(tree.core.frames.recv(65536))
+                    assert isinstance(message, channel.Frames)
+                    tree.core.say(channel.FramesOut((b.conn,), message.blocks))
+            except BlockingIOError:
+                pass
+            receive()
+            return not pending
+
+        eventually(all_came)
+
+
+def test_descriptors_that_nothing_is_known_of_are_closed(tree: FakeTree) -> None:
+    ours, theirs = socket.socketpair()
+    tree.kill()
+    tree.given[b"who knows"] = theirs.detach()
+    tree.start()
+    assert ours.recv(1) == b""
+    eventually(lambda: tree.drain() or not tree.given)
+    ours.close()
+
+
+def test_two_deaths_on_one_connection_close_it(tree: FakeTree, pair: tuple[Client, Client]) -> None:
+    """The mark is written by hand: what kills an edge is what we do not know."""
+    a, b = pair
+    import os
+
+    mark = struct.pack("=QQ", a.conn, 12345)
+    for _ in range(2):
+        tree.kill()
+        os.pwrite(tree.checkpoint, mark, 64)
+        tree.start()
+    closed = tree.core.wait_for(channel.Closed)
+    assert closed == (a.conn, "two edges died on it")
+    a.read_to_the_end()
+    b.sock.sendall(batch(frame(A, B)))
+    assert tree.core.hear_frames()[0] == b.conn
