@@ -48,7 +48,7 @@ class Live(Protocol):
         """The sessions of this name, in any case."""
 
     def macs(self, hub_id: int) -> list[dict[str, Any]]:
-        """What the hub has learnt."""
+        """What the hub has learnt, sorted by MAC."""
 
     def hub(self, hub_id: int) -> dict[str, Any]:
         """Counters of one hub."""
@@ -341,6 +341,9 @@ def _page(items: list[dict[str, Any]], key: str, args: Args) -> list[dict[str, A
         if not places:
             raise Refused(f"{args['after']!r} is not in the list any more: begin again")
         items = items[places[-1] + 1 :]
+    # Not between two that `after` could not tell apart.
+    while limit < len(items) and items[limit][key] == items[limit - 1][key]:
+        limit += 1
     return items[:limit]
 
 

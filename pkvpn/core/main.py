@@ -757,7 +757,7 @@ class Core:
     def macs(self, hub_id: int) -> list[dict[str, Any]]:
         """`Live.macs`."""
         now = time.monotonic()
-        hub = self._hubs.get(hub_id)
+        hub = self._hubs[hub_id]
         return [
             {
                 "mac": key[:6].hex(":"),
@@ -765,7 +765,7 @@ class Core:
                 "port": port.name,
                 "age": round(now - seen_at, 1),
             }
-            for key, port, seen_at in (hub.macs.entries() if hub is not None else ())
+            for key, port, seen_at in sorted(hub.macs.entries(), key=lambda entry: entry[0])
         ]
 
     def hub(self, hub_id: int) -> dict[str, Any]:

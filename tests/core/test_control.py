@@ -29,7 +29,7 @@ class Core:
         return [SessionName(1, 7, "SID-U-7")] if name.upper() == "SID-U-7" else []
 
     def macs(self, hub_id: int) -> list[dict[str, Any]]:
-        return [{"mac": "02:00:00:00:00:01"}]
+        return [{"mac": f"02:00:00:00:00:0{i // 3}"} for i in range(9)]
 
     def hub(self, hub_id: int) -> dict[str, Any]:
         return {"sessions": 300}
@@ -124,6 +124,8 @@ def test_long_lists_come_in_pages(store: Store) -> None:
     second = control.answer("session.list", {"after": first[-1]["name"]})
     assert [one["name"] for one in first + second] == [f"SID-U-{i}" for i in range(300)]
     assert len(control.answer("session.list", {"limit": 5})) == 5
+    control.answer("hub.add", {"name": "T"})
+    assert len(control.answer("mac.list", {"hub": "T", "limit": 2})) == 3  # all of one address
     for args in ({"limit": 0}, {"limit": 1000}, {"after": "gone"}):
         with pytest.raises(Refused):
             control.answer("session.list", args)
