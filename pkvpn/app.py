@@ -7,16 +7,20 @@ watchdog, and handed down by name; everything else is the children's own.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import logging
 import os
 import socket
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from pkvpn.client.canary_main import CanarySettings
+from pkvpn import logs
+from pkvpn.client.canary_main import REACH_CORE, REACH_EDGE, CanarySettings
 from pkvpn.client.canary_main import main as canary_main
-from pkvpn.config import ConfigError, Settings, load
+from pkvpn.config import ConfigError, Settings, load, make_directories
 from pkvpn.core.main import main as core_main
 from pkvpn.core.settings import CoreSettings
 from pkvpn.edge.main import EdgeSettings
@@ -25,7 +29,7 @@ from pkvpn.listeners import Listeners
 from pkvpn.watchdog import control
 from pkvpn.watchdog.logchild import LogSettings
 from pkvpn.watchdog.policy import OnLimit, RestartPolicy
-from pkvpn.watchdog.spec import ChildSpec, HeldSpec, TreeSpec
+from pkvpn.watchdog.spec import ChildSpec, HeldSpec, TreeSpec, Upgrade
 from pkvpn.watchdog.supervisor import EXIT_START_FAILED, run_tree
 
 TITLE = "vpnserver execsvc"
@@ -40,8 +44,9 @@ _CANARY_SECRET = 32
 class Service:
     """Holds what outlives a change of settings, and makes the tree's spec of each."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, foreground: bool) -> None:
         self.settings = settings
+        self._foreground = foreground
         self.listeners = Listeners()
         self._channels: list[tuple[list[int], list[int]]] = []  # per edge: its ends, the core's
 
@@ -59,10 +64,21 @@ class Service:
             held=tuple(self._held(edges)),
             children=tuple(self._children(edges)),
             log=self._log(),
+            upgrade=self._upgrade(),
         )
 
     def status(self) -> dict[str, Any]:
         return {"mode": self.settings.mode, "listeners": self.listeners.status()}
+
+    def _upgrade(self) -> Upgrade:
+        source = self.settings.source
+        config = ("--config", str(source)) if source is not None else ()
+        return Upgrade(
+            package="pkvpn",
+            main="pkvpn.__main__:main",
+            arguments=(*config, "execsvc"),
+            trial=(sys.executable, "-m", "pkvpn", *config, "execsvc", "--check"),
+        )
 
     # -- what is held
 
@@ -70,7 +86,12 @@ class Service:
         service = self.settings.service
         admin = str(self.settings.admin_socket)
         held = [
-            HeldSpec("listen", lambda: self.listeners.open(service.listen), key=service.listen),
+            HeldSpec(
+                "listen",
+                lambda: self.listeners.open(service.listen),
+                key=service.listen,
+                adopt=lambda descriptors: self.listeners.adopt(service.listen, descriptors),
+            ),
             HeldSpec("admin", lambda: [control.listen(admin)], key=admin),
             HeldSpec("canary", _canary_secret),
             HeldSpec("channel:core", lambda: self._core_ends(len(edges)), key=len(edges)),
@@ -95,7 +116,7 @@ class Service:
         return [
             self._core(),
             *(self._edge(i, name) for i, name in enumerate(edges)),
-            self._canary(),
+            self._canary(edges),
         ]
 
     def _core(self) -> ChildSpec:
@@ -125,13 +146,16 @@ class Service:
             keep_limit=self.settings.watchdog.given_max,
         )  # fmt: skip
 
-    def _canary(self) -> ChildSpec:
+    def _canary(self, edges: list[str]) -> ChildSpec:
         settings = CanarySettings(
-            addresses=tuple((one.host, one.port) for one in self.settings.service.listen),
+            addresses=self.listeners.addresses,
             interval=self.settings.canary.interval,
             timeout=self.settings.canary.timeout,
         )
-        return self._child("canary", canary_main, settings, held=("canary",), duties=("served",))
+        return self._child(
+            "canary", canary_main, settings, held=("canary",), duties=(REACH_EDGE, REACH_CORE),
+            accuses=((REACH_EDGE, tuple(edges)), (REACH_CORE, ("core",))),
+        )  # fmt: skip
 
     def _child(
         self, name: str, target: Callable[..., None], settings: Any, **more: Any
@@ -160,21 +184,66 @@ class Service:
         )
 
     def _log(self) -> LogSettings:
-        raise NotImplementedError
+        service, watchdog, log = self.settings.service, self.settings.watchdog, self.settings.log
+        # Under systemd stderr is the journal, and the file would be a second copy of it.
+        to_journal = log.format == "journal" or (
+            log.format == "auto" and logs.is_journal(sys.stderr)
+        )
+        return LogSettings(
+            state_dir=str(service.state_dir),
+            log_file=None if to_journal else str(service.log_file),
+            echo=self._foreground,
+            formatter=LineFormat(log.format, to_file=True),
+            echo_formatter=LineFormat(log.format, to_file=False),
+            log_max_bytes=log.max_bytes,
+            log_keep=log.keep,
+            journal_max_bytes=watchdog.journal_max_bytes,
+            journal_keep=watchdog.journal_keep,
+            max_reports=watchdog.crash_reports_max,
+            max_reports_bytes=watchdog.crash_reports_max_bytes,
+        )
 
 
-def execsvc(settings: Settings, *, ready_fd: int | None, foreground: bool, check: bool) -> int:
+@dataclass(frozen=True)
+class LineFormat:
+    """How log lines look; equal to another of the same choice, so that a reload compares it."""
+
+    kind: str
+    to_file: bool
+
+    def __call__(self, record: logging.LogRecord) -> str:
+        return _formatter(self).format(record)
+
+
+@functools.cache
+def _formatter(choice: LineFormat) -> logging.Formatter:
+    return logs.make_formatter(choice.kind, None if choice.to_file else sys.stderr)
+
+
+def execsvc(
+    settings: Settings,
+    *,
+    ready_fd: int | None = None,
+    foreground: bool = False,
+    check: bool = False,
+    resume_fd: int | None = None,
+) -> int:
     """Be the watchdog of the VPN server; returns the exit code.
 
     ``ready_fd``: where `start` waits for JSON lines, one for each thing it is told.
     ``check``: only see whether this program and these settings would start.
+    ``resume_fd``: the table of the image before an upgrade.
     """
-    service = Service(settings)
+    service = Service(settings, foreground=foreground)
     spec = service.tree(settings)
     if check:
         return 0
     os.umask(0o077)
+    make_directories(settings)
+    # From here on the current directory is nobody's; what was found through it must still be.
+    sys.path[:] = [os.path.abspath(path) for path in sys.path]
     os.chdir("/")
+    logging.getLogger().setLevel(settings.log.level.upper())
     tell = _teller(ready_fd) if ready_fd is not None else _print_start
     try:
         return run_tree(
@@ -182,6 +251,7 @@ def execsvc(settings: Settings, *, ready_fd: int | None, foreground: bool, check
             tell=tell,
             on_reload=lambda: service.tree(load(settings.source)),
             status=service.status,
+            resume_fd=resume_fd,
         )
     except (ConfigError, OSError) as error:
         tell({"error": str(error), "code": EXIT_START_FAILED})

@@ -238,12 +238,15 @@ class Watchdog:
         0.1, 0.0, 1.0, "The part of a delay that is left to chance, so that children do not march."
     )
     healthy_after: float = _seconds(
-        1.0, 0.0, 86400.0, "After this time of service the next restart comes at once again."
+        0.5, 0.0, 86400.0, "After this time of service the next restart comes at once again."
     )
     intensity: int = _count(
-        10, 1, 10000, "More restarts of one child than this within `period` are too many."
+        5,
+        1,
+        10000,
+        "More deaths of one child before it was healthy than this, within `period`, are too many.",
     )
-    period: float = _seconds(10.0, 0.1, 86400.0, "The window of `intensity`.")
+    period: float = _seconds(60.0, 0.1, 86400.0, "The window of `intensity`.")
     on_limit: str = _choice(
         "go-on",
         ("go-on", "give-up"),

@@ -24,6 +24,7 @@ class Listeners:
 
     def __init__(self) -> None:
         self._open: dict[Address, int] = {}
+        self._bound: dict[Address, Address] = {}  # the same with the port the system chose
         self._refused: dict[Address, str] = {}
 
     def open(self, addresses: tuple[Address, ...]) -> list[int]:
@@ -44,6 +45,7 @@ class Listeners:
             reasons = "; ".join(f"{address}: {why}" for address, why in refused.items())
             raise OSError(f"no address to listen on: {reasons}")
         self._open, self._refused = sockets, refused
+        self._bound = {address: _bound_to(fd) for address, fd in sockets.items()}
         return list(sockets.values())
 
     def adopt(self, addresses: tuple[Address, ...], descriptors: list[int]) -> None:
@@ -52,14 +54,15 @@ class Listeners:
         for address in addresses:
             if address in by_name:
                 self._open[address] = by_name[address]
+                self._bound[address] = address
             else:
                 self._refused[address] = "refused before the upgrade"
 
     def status(self) -> list[dict[str, Any]]:
         """One dict an address: address, port (the real one), state, error."""
         served = [
-            {"address": one.host, "port": _bound_to(fd).port, "state": "listening", "error": None}
-            for one, fd in self._open.items()
+            {"address": one.host, "port": one.port, "state": "listening", "error": None}
+            for one in self._bound.values()
         ]
         return served + [
             {"address": one.host, "port": one.port, "state": "refused", "error": why}
@@ -67,8 +70,8 @@ class Listeners:
         ]
 
     def addresses(self) -> tuple[Address, ...]:
-        """Where connections are really accepted."""
-        return tuple(_bound_to(fd) for fd in self._open.values())
+        """Where connections are really accepted; also known in a child that closed them."""
+        return tuple(self._bound.values())
 
 
 def listen(address: Address) -> int:

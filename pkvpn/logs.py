@@ -93,7 +93,7 @@ def make_formatter(kind: str, stream: TextIO | None) -> logging.Formatter:
         return JsonFormatter()
     if stream is None or kind == "plain":
         return PlainFormatter()
-    if kind == "journal" or _is_journal(stream):
+    if kind == "journal" or is_journal(stream):
         return JournalFormatter()
     if _wants_colour(stream):
         return _coloured(stream)
@@ -107,7 +107,7 @@ def _wants_colour(stream: TextIO) -> bool:
     return "NO_COLOR" not in os.environ and stream.isatty()
 
 
-def _is_journal(stream: TextIO) -> bool:
+def is_journal(stream: TextIO) -> bool:
     """Compare with JOURNAL_STREAM, "device:inode" (systemd.exec(5)).
 
     The variable alone proves nothing: it is inherited, and the stream may have been redirected.

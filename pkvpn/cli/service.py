@@ -57,7 +57,7 @@ def _start(args: argparse.Namespace) -> int:
     if args.foreground:
         from pkvpn.app import execsvc
 
-        return execsvc(settings, ready_fd=None, foreground=True, check=False)
+        return execsvc(settings, foreground=True)
     answer = _launch(settings)
     if "already" in answer:
         # Another start was quicker.  It may not serve yet, and we promise that it does.
@@ -357,6 +357,8 @@ def _execsvc_arguments(parser: argparse.ArgumentParser) -> None:
     )
     # Where `start` waits for our word.
     parser.add_argument("--ready-fd", type=int, metavar="N", help=argparse.SUPPRESS)
+    # What the image before an upgrade left for us.
+    parser.add_argument("--resume-fd", type=int, metavar="N", help=argparse.SUPPRESS)
 
 
 def _execsvc(args: argparse.Namespace) -> int:
@@ -371,7 +373,7 @@ def _execsvc(args: argparse.Namespace) -> int:
         raise
     from pkvpn.app import execsvc
 
-    return execsvc(settings, ready_fd=args.ready_fd, foreground=False, check=args.check)
+    return execsvc(settings, ready_fd=args.ready_fd, check=args.check, resume_fd=args.resume_fd)
 
 
 COMMANDS = {

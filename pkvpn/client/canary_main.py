@@ -1,8 +1,9 @@
 """The canary child: visits the service's own addresses in turn, as a user would.
 
 Strategy: the loop waits for the visit in progress, for the next one and for the watchdog,
-never for one thing alone, so its beats come whatever the service does.  What is reported is
-the duty "served": visits that went well, and since when none has.
+never for one thing alone, so its beats come whatever the service does.  What is reported are
+two duties in which others are accused: a visit that came no farther than TLS says that the
+edges do not serve, one that came farther that the core does not.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import logging
 import os
 import select
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from pkvpn.client.canary import SECRET_SIZE, CanaryCheck, CanaryResult
@@ -18,7 +20,11 @@ from pkvpn.watchdog.child import Child
 
 _log = logging.getLogger("pkvpn.canary")
 
-DUTY = "served"
+# The canary's duties: visits that went well, and since when one of the addresses does not serve.
+REACH_EDGE = "reach-edge"
+REACH_CORE = "reach-core"
+# Stages of a visit at which the connection itself was what did not come about.
+_EDGE_STAGES = ("tcp", "tls")
 
 # Until the first visit goes well: the operator waits for `start` to return.
 _EAGER_INTERVAL = 0.05
@@ -31,55 +37,67 @@ _ANY = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "*": "127.0.0.1", "::": "::1", 
 
 @dataclass(frozen=True, slots=True)
 class CanarySettings:
-    """``addresses``: where the service listens, any-addresses as they are configured.
+    """``addresses()``: where the service really listens, asked when the child starts.
     ``interval``: seconds between the starts of two visits.  ``timeout``: of one visit."""
 
-    addresses: tuple[tuple[str, int], ...]
+    addresses: Callable[[], tuple[tuple[str, int], ...]]
     interval: float = 5.0
     timeout: float = 2.0
 
 
 class Round:
-    """Decides which address is visited when, and what to report (pure)."""
+    """Decides which address is visited when, and what to report (pure).
 
-    def __init__(self, settings: CanarySettings, *, now: float) -> None:
-        if not settings.addresses:
+    ``addresses``: host and port each, any-addresses as they are configured.
+    """
+
+    def __init__(
+        self, addresses: tuple[tuple[str, int], ...], interval: float, *, now: float
+    ) -> None:
+        if not addresses:
             raise ValueError("the canary has no address to visit")
-        self._settings = settings
-        self._next = 0
+        self._addresses = addresses
+        self._interval = interval
+        self._visit = -1  # index of the address that is visited now
         self._eager_until = now + _EAGER_PERIOD
         self._started_at = now
+        # Address -> the duty that is in trouble there, and when the visit that found it began.
+        self._troubles: dict[int, tuple[str, float]] = {}
         self.visit_at = now
         self.well = False  # has any visit gone well?
         self.done = 0
-        self.waiting_since = 0.0
 
     def start(self, now: float) -> tuple[str, int]:
         """To be called when a visit begins; the address to visit."""
-        host, port = self._settings.addresses[self._next]
-        self._next = (self._next + 1) % len(self._settings.addresses)
+        self._visit = (self._visit + 1) % len(self._addresses)
         self._started_at = now
+        host, port = self._addresses[self._visit]
         return _ANY.get(host, host.strip("[]")), port
 
-    def finish(self, ok: bool, now: float) -> None:
+    def finish(self, result: CanaryResult, now: float) -> None:
         """To be called when it is over."""
-        if ok:
+        if result.ok:
             self.well = True
             self.done += 1
-            self.waiting_since = 0.0
-        elif not self.waiting_since:
-            self.waiting_since = self._started_at
+            self._troubles.pop(self._visit, None)
+        else:
+            duty = REACH_EDGE if result.stage in _EDGE_STAGES else REACH_CORE
+            self._troubles[self._visit] = (duty, self._started_at)
         if not self.well and now < self._eager_until:
             self.visit_at = now + _EAGER_INTERVAL
         else:
-            self.visit_at = max(now, self._started_at + self._settings.interval)
+            self.visit_at = max(now, self._started_at + self._interval)
+
+    def waiting_since(self, duty: str) -> float:
+        """Since when an address does not serve by the fault of those whom ``duty`` accuses: the
+        latest visit that found it so; 0.0: all serve."""
+        return max((since for one, since in self._troubles.values() if one == duty), default=0.0)
 
 
 def main(child: Child, settings: CanarySettings) -> None:
     """The canary's life; to be run by the watchdog, which holds "canary" for it."""
     secret = os.pread(child.held("canary")[0], SECRET_SIZE, 0)
-    duty = child.duty(DUTY)
-    rounds = Round(settings, now=time.monotonic())
+    rounds = Round(settings.addresses(), settings.interval, now=time.monotonic())
     news = _News()
     visit: CanaryCheck | None = None
     address = ("", 0)
@@ -106,8 +124,12 @@ def main(child: Child, settings: CanarySettings) -> None:
             visit.close()
             visit = None
             first = result.ok and not rounds.well
-            rounds.finish(result.ok, time.monotonic())
-            duty.done, duty.waiting_since = rounds.done, rounds.waiting_since
+            rounds.finish(result, time.monotonic())
+            for name in (REACH_EDGE, REACH_CORE):
+                duty = child.duty(name)
+                duty.done, duty.waiting_since = rounds.done, rounds.waiting_since(name)
+            if not result.ok and rounds.well:
+                child.hurry()
             changed = news.tell(address, result)
             if first:
                 child.ready()

@@ -131,9 +131,7 @@ class ControlServer:
         except OSError:
             return  # gone again, or no descriptor left: the caller tries again
         sock.setblocking(False)
-        _, uid, _ = _PEER.unpack(
-            sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
-        )
+        _, uid, _ = _PEER.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
         if uid not in (0, os.geteuid()) or len(self._connections) >= MAX_CONNECTIONS:
             why = "too many control connections"
             if uid not in (0, os.geteuid()):
@@ -163,7 +161,9 @@ class ControlServer:
             connection.waiting += self._answer_line(line)
         if len(connection.received) > MAX_LINE:
             connection.received.clear()
-            connection.waiting += _line({"ok": False, "error": f"a line is at most {MAX_LINE} bytes"})
+            connection.waiting += _line(
+                {"ok": False, "error": f"a line is at most {MAX_LINE} bytes"}
+            )
             connection.ending = True
         return True
 

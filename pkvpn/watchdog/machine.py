@@ -223,6 +223,15 @@ class ChildMachine:
         if self._deadline is not None:
             self._deadline += by
 
+    def adopt(self, *, restarts: int, up: bool, now: float) -> None:
+        """Go on with a process that was there before us (after an upgrade of the watchdog)."""
+        self.wanted_up = True
+        self._spawns = restarts + 1
+        self.restarts = restarts
+        self.state = State.UP if up else State.STARTING
+        self._up_at = now if up else None
+        self._deadline = None if up else now + self.spec.start_timeout
+
     # -- cells of the table, in the order of a life
 
     def _ignore(self, event: Event, now: float, lot: float) -> list[Command]:

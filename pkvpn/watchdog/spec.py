@@ -78,6 +78,23 @@ class HeldSpec:
     name: str
     open: Callable[[], list[int]] = field(compare=False)
     key: Any = None
+    # Called instead of ``open`` with what the image before an upgrade held.
+    adopt: Callable[[list[int]], None] = field(compare=False, default=lambda _descriptors: None)
+
+
+@dataclass(frozen=True)
+class Upgrade:
+    """How a daemon's program is tried, and how it is resumed.
+
+    ``package``: what is copied.  ``main``: "module:function", called with ``arguments`` and
+    ``--resume-fd N`` in the new image; it is to call `run_tree` with ``resume_fd=N``.
+    ``trial``: a command that exits with 0 if the program on disk would start.
+    """
+
+    package: str
+    main: str
+    arguments: tuple[str, ...]
+    trial: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -98,6 +115,7 @@ class TreeSpec:
     beat_interval: float = 0.2
     nice: int = 0
     log: Any = None  # settings of the log child (logchild.LogSettings); None: its defaults
+    upgrade: Upgrade | None = None  # how it goes over to new code; None: it cannot
 
     def __post_init__(self) -> None:
         names = [child.name for child in self.children]

@@ -30,7 +30,7 @@ from typing import Any
 import psutil
 from multiprocess import context as multiprocess_context
 
-from pkvpn.watchdog import control, instance, machine, procfs, report, sweep
+from pkvpn.watchdog import control, instance, machine, procfs, report, sweep, upgrade
 from pkvpn.watchdog.child import Birth, exec_child, run_child
 from pkvpn.watchdog.held import HeldDescriptors, Kept
 from pkvpn.watchdog.lifeline import (
@@ -44,9 +44,10 @@ from pkvpn.watchdog.lifeline import (
 from pkvpn.watchdog.logchild import LogPipe, LogSettings
 from pkvpn.watchdog.logchild import main as log_main
 from pkvpn.watchdog.machine import ChildMachine, State
-from pkvpn.watchdog.spec import LOG_CHILD, ChildSpec, HeldSpec, TreeSpec
+from pkvpn.watchdog.spec import LOG_CHILD, ChildSpec, HeldSpec, TreeSpec, Upgrade
 from pkvpn.watchdog.titles import set_title
-from pkvpn.watchdog.tree import Tree
+from pkvpn.watchdog.tree import Rollover, Tree
+from pkvpn.watchdog.upgrade import Trial
 from pkvpn.watchdog.verdict import Beat, Condemn, Continue, Judge, Limits, Look, Note, Verdict
 from pkvpn.watchdog.verdict import Command as JudgeCommand
 from pkvpn.watchdog.witness import Accusation, Witness
@@ -71,7 +72,7 @@ _PR_SET_CHILD_SUBREAPER = 36
 _LOG_BUFFER = 1 << 20
 _MAX_STACKS = 64 * 1024
 # In which order the events of one turn are handled.
-_SIGNALS, _LIFELINES, _GIFTS, _DEATHS, _CONTROL = range(5)
+_SIGNALS, _LIFELINES, _GIFTS, _DEATHS, _TRIAL, _CONTROL = range(6)
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -124,8 +125,41 @@ class Incarnation:
     def read_stacks(self) -> str:
         return os.pread(self.stacks, _MAX_STACKS, 0).decode(errors="replace")
 
-    def last_beat_age(self, now: float) -> float | None:
-        return now - self.beats[-1][0] if self.beats else None
+    def descriptors(self) -> set[int]:
+        return {self.up, self.down, self.stacks, self.pidfd, self.gifts.fileno()}
+
+    def as_table(self) -> dict[str, Any]:
+        """What the next image needs to go on with this process."""
+        return {
+            "number": self.number,
+            "pid": self.pid,
+            "pidfd": self.pidfd,
+            "up": self.up,
+            "down": self.down,
+            "stacks": self.stacks,
+            "gifts": self.gifts.fileno(),
+            "started_at": self.started_at,
+            "duties": len(self.spec.duties),
+            "orders": self.orders,
+        }
+
+    @classmethod
+    def from_table(cls, spec: ChildSpec, old: dict[str, Any], beat_interval: float) -> Incarnation:
+        """Go on with a process that an image before us started.
+
+        Raises `UpgradeError` if its beats cannot be read by the new spec.
+        """
+        if old["duties"] != len(spec.duties):
+            raise upgrade.UpgradeError(
+                f"{spec.name} beats {old['duties']} duties, the new code expects {len(spec.duties)}"
+            )
+        incarnation = cls(spec, old["number"], old["started_at"], beat_interval)
+        incarnation.pid, incarnation.pidfd = old["pid"], old["pidfd"]
+        incarnation.up, incarnation.down = old["up"], old["down"]
+        incarnation.stacks, incarnation.orders = old["stacks"], old["orders"]
+        incarnation.gifts = socket.socket(fileno=old["gifts"])
+        incarnation.judge = Judge(incarnation.pid, incarnation._limits)
+        return incarnation
 
     def close(self) -> None:
         for fd in (self.up, self.down, self.stacks, self.pidfd):
@@ -180,9 +214,12 @@ class Supervisor:
         self._exit = EXIT_OK
         self._held = HeldDescriptors()
         self._lot = random.Random()  # noqa: S311 - jitter
-        self._log_read, self._log_write = _log_channel()
-        self._log_pipe = LogPipe(self._log_write, "watchdog")
-        self._held.adopt(HeldSpec(LOG_CHILD, list), [self._log_read])
+        self._image = 1  # how many upgrades ago this watchdog was started
+        self._archive = -1  # what an upgrade that fails goes back to
+        self._previous = -1  # the copy of the code before this one, until the children are over
+        self._trial: Trial | None = None
+        self._upgrade_failed = ""
+        self._rollover = Rollover([])
         self._slots = {child.name: Slot(child) for child in self._all_children(spec)}
         self._tree = Tree([slot.machine for slot in self._slots.values()])
         self._by_machine = {id(slot.machine): slot for slot in self._slots.values()}
@@ -191,16 +228,74 @@ class Supervisor:
 
     def run(self) -> int:
         """Bring the tree up, keep it up until a stop, and return the exit code."""
-        logging.getLogger().addHandler(self._log_pipe.handler())
-        self._take_signals()
+        if self._spec.upgrade is not None:
+            self._archive = upgrade.copy_package(self._spec.upgrade.package)
+        self._open_log(*_log_channel())
         for held in self._spec.held:
             self._held.open(held)
-        listener = control.listen(os.path.join(self._spec.runtime_dir, "control.sock"))
+        self._listen(control.listen(os.path.join(self._spec.runtime_dir, "control.sock")))
+        self._entry("starting", pid=os.getpid())
+        return self._live()
+
+    def resume(self, table: dict[str, Any]) -> int:
+        """Go on with what the image before an upgrade left; returns the exit code.
+
+        Nothing is changed before `upgrade.commit`: if anything is raised until then, the old
+        image goes on with the same table.
+        """
+        names = [slot["name"] for slot in table["slots"]]
+        if names != list(self._slots):
+            raise upgrade.UpgradeError(
+                f"the new code has the children {', '.join(self._slots)}, the old one "
+                f"{', '.join(names)}: that takes a restart"
+            )
+        now = time.monotonic()
+        self._started_at = table["started_at"]
+        self._archive = table["archive"]
+        self._image = table["image"] + 1
+        self._told_ready = True
+        for held in self._spec.held:
+            if held.name in table["held"]:
+                held.adopt(table["held"][held.name])
+                self._held.adopt(held, table["held"][held.name])
+            else:
+                self._held.open(held)
+        self._open_log(*table["log"])
+        self._tree.adopt()
+        for old in table["slots"]:
+            self._adopt(self._slots[old["name"]], old, now)
+        self._listen(table["control"])
+        for fd in self._descriptors():
+            os.set_inheritable(fd, False)
+        upgrade.commit()
+        if self._spec.upgrade is not None and not upgrade.is_copy(self._spec.upgrade.package):
+            # From here on, a failure of the next upgrade comes back to this code.
+            self._previous, self._archive = (
+                self._archive, upgrade.copy_package(self._spec.upgrade.package),
+            )  # fmt: skip
+        self._upgrade_failed = upgrade.failure()
+        self._entry("resumed", image=self._image, failed=self._upgrade_failed)
+        for slot in self._slots.values():
+            if slot.alive is None:
+                self._tell_machine(slot, machine.Start(), now)
+        self._rollover = Rollover([slot.machine for slot in self._slots.values()])
+        return self._live()
+
+    def _open_log(self, read: int, write: int) -> None:
+        self._log_write = write
+        self._log_pipe = LogPipe(write, "watchdog")
+        self._held.adopt(HeldSpec(LOG_CHILD, list), [read])
+        logging.getLogger().addHandler(self._log_pipe.handler())
+
+    def _listen(self, listener: int) -> None:
+        self._control_fd = listener
         self._control = control.ControlServer(listener, self._selector, self._answer)
+
+    def _live(self) -> int:
+        self._take_signals()
         _adopt_orphans()
         gc.collect()
         gc.freeze()  # what exists now is shared with every child and never looked at again
-        self._entry("starting", pid=os.getpid())
         try:
             self._advance(time.monotonic())
             self._loop()
@@ -228,6 +323,8 @@ class Supervisor:
         priority, slot, incarnation = key.data
         if priority == _SIGNALS:
             self._on_signals(now)
+        elif priority == _TRIAL:
+            self._end_trial()
         elif incarnation is not slot.alive:
             return  # gone earlier in this very turn
         elif priority == _LIFELINES:
@@ -260,13 +357,15 @@ class Supervisor:
         return max(0.0, nearest - now)
 
     def _advance(self, now: float) -> None:
-        while told := self._tree.advance():
+        while told := self._tree.advance() or self._rollover.advance():
             for child, event in told:
                 self._tell_machine(self._by_machine[id(child)], event, now)
         if self._tree.ready and not self._told_ready:
             self._told_ready = True
             self._entry("ready", seconds=round(now - self._started_at, 3))
             self._tell({"ready": True, "pid": os.getpid(), **self._extra_status()})
+        if self._rollover.stuck is not None:
+            self._go_back(self._rollover.stuck.spec.name)
         blocked = self._tree.blocked_by()
         if blocked is not None:
             slot = self._by_machine[id(blocked)]
@@ -280,6 +379,7 @@ class Supervisor:
         self._stop(time.monotonic())
 
     def _stop(self, now: float) -> None:
+        self._rollover = Rollover([])
         for child, event in self._tree.stop():
             self._tell_machine(self._by_machine[id(child)], event, now)
 
@@ -336,11 +436,16 @@ class Supervisor:
 
     def _reap_strangers(self) -> None:
         """Grandchildren whose parents are gone came to us; ours are reaped by their pidfds."""
-        ours = {slot.alive.pid for slot in self._slots.values() if slot.alive is not None}
+        ours = self._pids()
         for pid in procfs.children_of(os.getpid()):
             if pid not in ours:
                 with contextlib.suppress(ChildProcessError):
                     os.waitpid(pid, os.WNOHANG)
+
+    def _pids(self) -> set[int]:
+        """Every process that is ours and has not been reaped."""
+        pids = {slot.alive.pid for slot in self._slots.values() if slot.alive is not None}
+        return pids | ({self._trial.pid} if self._trial is not None else set())
 
     # -- what children say
 
@@ -455,7 +560,7 @@ class Supervisor:
     def _end_orphans(self) -> None:
         """What the dead child had started came to us; it is not to outlive it."""
         alive = [slot.alive for slot in self._slots.values() if slot.alive is not None]
-        ours = {incarnation.pid for incarnation in alive}
+        ours = self._pids()
         if set(procfs.children_of(os.getpid())) <= ours:
             return
         spared = {os.fstat(incarnation.up).st_ino for incarnation in alive}
@@ -532,11 +637,14 @@ class Supervisor:
             self._tell_machine(slot, machine.SpawnFailed(error), now)
             return
         slot.alive, slot.facts = incarnation, None
+        self._watch(slot, incarnation)
+        self._tell_machine(slot, machine.Spawned(incarnation.pid), now)
+
+    def _watch(self, slot: Slot, incarnation: Incarnation) -> None:
         data = (slot, incarnation)
         self._selector.register(incarnation.up, selectors.EVENT_READ, (_LIFELINES, *data))
         self._selector.register(incarnation.gifts, selectors.EVENT_READ, (_GIFTS, *data))
         self._selector.register(incarnation.pidfd, selectors.EVENT_READ, (_DEATHS, *data))
-        self._tell_machine(slot, machine.Spawned(incarnation.pid), now)
 
     def _fork(self, incarnation: Incarnation, birth: Birth, fresh: bool) -> str:
         """Return what was wrong, or nothing.
@@ -647,6 +755,8 @@ class Supervisor:
                 raise control.ControlError(f"{slot.name} is {slot.machine.state.value}")
             slot.alive.signal(signal.SIGQUIT)
             return {"pid": slot.alive.pid}
+        if verb == "upgrade":
+            return self._begin_trial()
         raise control.ControlError(f"unknown verb {verb!r}")
 
     def _slot(self, name: str) -> Slot:
@@ -701,6 +811,110 @@ class Supervisor:
                 replaced.append(child.name)
         return replaced
 
+    # -- going over to new code
+
+    def _begin_trial(self) -> dict[str, Any]:
+        """Try the program on disk in a process of its own; `_end_trial` goes on."""
+        plan = self._spec.upgrade
+        if plan is None:
+            raise control.ControlError("this tree does not know how to upgrade itself")
+        if self._trial is not None or not self._rollover.done:
+            raise control.ControlError("an upgrade is under way")
+        if self._state() != "running":
+            raise control.ControlError(f"the service is {self._state()}, not running")
+        try:
+            self._trial = Trial(plan.trial)
+        except OSError as error:
+            raise control.ControlError(f"the new code cannot be tried: {error}") from error
+        self._selector.register(self._trial.pidfd, selectors.EVENT_READ, (_TRIAL, None, None))
+        self._entry("upgrade-trial", command=list(plan.trial))
+        return {"trying": True, "image": self._image, "pid": os.getpid()}
+
+    def _end_trial(self) -> None:
+        trial, plan = self._trial, self._spec.upgrade
+        assert trial is not None
+        assert plan is not None
+        self._selector.unregister(trial.pidfd)
+        self._trial = None
+        self._upgrade_failed = trial.end()
+        if self._upgrade_failed or self._tree.stopping:
+            self._entry("upgrade-refused", reason=self._upgrade_failed or "stopping")
+            return
+        self._exec(plan, self._archive, old=False)
+
+    def _go_back(self, name: str) -> None:
+        """The new code has a child that does not come up: the old one takes over again."""
+        self._rollover = Rollover([])
+        plan = self._spec.upgrade
+        if plan is None or self._previous < 0:
+            self._entry("upgrade-stuck", child=name)
+            return
+        self._entry("upgrade-undone", child=name)
+        os.environ["PKVPN_UPGRADE_FAILED"] = f"{name} does not come up with the new code"
+        self._exec(plan, self._previous, old=True)
+
+    def _exec(self, plan: Upgrade, archive: int, *, old: bool) -> None:
+        """Become the next image.  If that fails, nothing has changed and this one goes on."""
+        table = upgrade.write_table(self._table(archive))
+        self._entry("upgrade-exec", image=self._image + 1)
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            upgrade.exec_image(plan, archive, table, self._descriptors(), old=old)
+        except OSError as error:
+            self._upgrade_failed = str(error)
+            self._entry("upgrade-refused", reason=str(error))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, [])
+
+    def _table(self, archive: int) -> dict[str, Any]:
+        return {
+            "image": self._image,
+            "started_at": self._started_at,
+            "archive": archive,
+            "lock": self._lock.fd,
+            "log": [self._held.descriptors(LOG_CHILD)[0], self._log_write],
+            "control": self._control_fd,
+            "held": {
+                name: self._held.descriptors(name)
+                for name in self._held.counts()
+                if name != LOG_CHILD
+            },
+            "slots": [
+                {
+                    "name": slot.name,
+                    "number": slot.number,
+                    "restarts": slot.machine.restarts,
+                    "up": slot.machine.state is State.UP,
+                    "kept": {key.hex(): fd for key, fd in slot.kept.descriptors.items()},
+                    "alive": slot.alive.as_table() if slot.alive is not None else None,
+                }
+                for slot in self._slots.values()
+            ],
+        }
+
+    def _descriptors(self) -> set[int]:
+        """All that the next image must find open."""
+        found = {self._lock.fd, self._log_write, self._control_fd, self._archive, self._previous}
+        for name in self._held.counts():
+            found.update(self._held.descriptors(name))
+        for slot in self._slots.values():
+            found.update(slot.kept.descriptors.values())
+            if slot.alive is not None:
+                found.update(slot.alive.descriptors())
+        return found - {-1}
+
+    def _adopt(self, slot: Slot, old: dict[str, Any], now: float) -> None:
+        slot.number = old["number"]
+        slot.kept.descriptors.update({bytes.fromhex(key): fd for key, fd in old["kept"].items()})
+        if old["alive"] is None:
+            return
+        incarnation = Incarnation.from_table(slot.spec, old["alive"], self._spec.beat_interval)
+        slot.machine.adopt(restarts=old["restarts"], up=old["up"], now=now)
+        slot.alive = incarnation
+        if old["up"]:
+            incarnation.judge.arm(now)
+        self._watch(slot, incarnation)
+
     def _status(self) -> dict[str, Any]:
         now = time.monotonic()
         return {
@@ -709,11 +923,20 @@ class Supervisor:
             "watchdog": {
                 "pid": os.getpid(),
                 "uptime": round(now - self._started_at, 3),
+                "image": self._image,
+                "upgrade": self._upgrade_state(),
                 "held": self._held.counts(),
             },
             "children": [self._child_status(slot, now) for slot in self._slots.values()],
             **self._extra_status(),
         }
+
+    def _upgrade_state(self) -> str:
+        if self._trial is not None:
+            return "trying"
+        if not self._rollover.done:
+            return "replacing children"
+        return f"failed: {self._upgrade_failed}" if self._upgrade_failed else "none"
 
     def _state(self) -> str:
         if self._tree.stopping:
@@ -791,29 +1014,28 @@ def run_tree(
     tell: Report = lambda _line: None,
     on_reload: Callable[[], TreeSpec] | None = None,
     status: Callable[[], dict[str, Any]] | None = None,
+    resume_fd: int | None = None,
 ) -> int:
     """Be the watchdog of ``spec`` until a stop; returns the exit code.
 
     ``tell`` gets one dict at a time for whoever waits for the start: {"progress": text},
     {"ready": True, ...}, {"error": text, "code": n} or {"already": pid}.
+    ``resume_fd``: the table of the image before an upgrade.
     """
-    for directory in (spec.runtime_dir, spec.state_dir):
-        instance.prepare_directory(directory)
-    left: list[str] = []
-    lock = sweep.take_over(spec.runtime_dir, left.append)
-    if lock is None:
-        pid = instance.watchdog_pid(os.path.join(spec.runtime_dir, instance.LOCK_NAME))
-        if pid is None:
-            tell({"error": "what was left cannot be ended: " + "; ".join(left),
-                  "code": EXIT_START_FAILED})  # fmt: skip
-            return EXIT_START_FAILED
-        tell({"already": pid})
-        return EXIT_OK
-    instance.write_pid_file(os.path.join(spec.runtime_dir, "pid"))
     set_title(spec.title or spec.name, spec.comm or spec.name)
+    if resume_fd is not None:
+        table = upgrade.read_table(resume_fd)
+        lock_path = os.path.join(spec.runtime_dir, instance.LOCK_NAME)
+        lock = instance.InstanceLock.adopt(table["lock"], lock_path)
+        supervisor = Supervisor(spec, lock=lock, tell=tell, on_reload=on_reload, status=status)
+        return supervisor.resume(table)
+    taken = _take_over(spec, tell)
+    if isinstance(taken, int):
+        return taken
     _raise_priority(spec.nice)
+    supervisor = Supervisor(spec, lock=taken, tell=tell, on_reload=on_reload, status=status)
     try:
-        return Supervisor(spec, lock=lock, tell=tell, on_reload=on_reload, status=status).run()
+        return supervisor.run()
     except BaseException as error:  # noqa: BLE001 - a bug of ours; the children must not hang on
         # Not sys.exit: at exit multiprocess would wait for children that nobody judges any
         # more.  They end by the death signal.
@@ -821,6 +1043,24 @@ def run_tree(
               "code": EXIT_INTERNAL})  # fmt: skip
         sys.excepthook(type(error), error, error.__traceback__)
         os._exit(EXIT_INTERNAL)
+
+
+def _take_over(spec: TreeSpec, tell: Report) -> instance.InstanceLock | int:
+    """The lock of the instance, or the exit code if it cannot be had."""
+    for directory in (spec.runtime_dir, spec.state_dir):
+        instance.prepare_directory(directory)
+    left: list[str] = []
+    lock = sweep.take_over(spec.runtime_dir, left.append)
+    if lock is not None:
+        instance.write_pid_file(os.path.join(spec.runtime_dir, instance.PID_NAME))
+        return lock
+    pid = instance.watchdog_pid(os.path.join(spec.runtime_dir, instance.LOCK_NAME))
+    if pid is not None:
+        tell({"already": pid})
+        return EXIT_OK
+    tell({"error": "what was left cannot be ended: " + "; ".join(left),
+          "code": EXIT_START_FAILED})  # fmt: skip
+    return EXIT_START_FAILED
 
 
 def _priority(key: selectors.SelectorKey) -> int:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pkvpn.watchdog.machine import ChildMachine, Dismiss, Event, Start, State, Stop
+from pkvpn.watchdog.machine import ChildMachine, Dismiss, Event, Replace, Start, State, Stop
 
 _OVER = (State.DOWN, State.FAILED)
+_STUCK = (State.BACKOFF, State.FAILING, State.FAILED)
 
 
 class Tree:
@@ -32,6 +33,11 @@ class Tree:
     def over(self) -> bool:
         """A stop was asked, and nobody is left."""
         return self.stopping and all(one.state in _OVER for one in self._machines)
+
+    def adopt(self) -> None:
+        """Go on with a tree that was up before us (after an upgrade of the watchdog)."""
+        self._coming = len(self._machines)
+        self._asked = {machine.spec.name for machine in self._machines}
 
     def blocked_by(self) -> ChildMachine | None:
         """The child that cannot come up, while the tree comes up; None if all is well."""
@@ -69,4 +75,37 @@ class Tree:
                 return []
             if machine.state not in _OVER:
                 return [(machine, Stop())]
+        return []
+
+
+class Rollover:
+    """Replaces children one by one, each when the one before it serves again."""
+
+    def __init__(self, machines: Sequence[ChildMachine]) -> None:
+        self._left = list(machines)
+        self._asked = False
+        self._restarts = 0
+
+    @property
+    def done(self) -> bool:
+        return not self._left
+
+    @property
+    def stuck(self) -> ChildMachine | None:
+        """The child that does not come up again; None if all goes well."""
+        if self._asked and self._left and self._left[0].state in _STUCK:
+            return self._left[0]
+        return None
+
+    def advance(self) -> list[tuple[ChildMachine, Event]]:
+        """To be called after anything happened, until it returns nothing."""
+        while self._left:
+            machine = self._left[0]
+            if not self._asked:
+                self._asked, self._restarts = True, machine.restarts
+                return [(machine, Replace())]
+            if machine.state is not State.UP or machine.restarts == self._restarts:
+                return []
+            self._left.pop(0)
+            self._asked = False
         return []

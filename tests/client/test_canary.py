@@ -10,8 +10,8 @@ from collections.abc import Callable
 import pytest
 
 from pkvpn.client import canary, canary_main
-from pkvpn.client.canary import CanaryCheck, check
-from pkvpn.client.canary_main import CanarySettings, Round
+from pkvpn.client.canary import CanaryCheck, CanaryResult, check
+from pkvpn.client.canary_main import REACH_CORE, REACH_EDGE, CanarySettings, Round
 from pkvpn.protocol import http
 from tests.client.fake_server import FakeServer
 
@@ -99,12 +99,17 @@ def test_no_step_of_a_visit_waits(hub: FakeServer) -> None:
 # When it visits whom
 
 
-def settings(*addresses: tuple[str, int]) -> CanarySettings:
-    return CanarySettings(addresses or (("127.0.0.1", 443),), interval=5.0, timeout=2.0)
+HERE = (("127.0.0.1", 443), ("::1", 443))
+WELL = CanaryResult("data", True, 0.1)
+
+
+def failed(stage: str) -> CanaryResult:
+    return CanaryResult(stage, False, 2.0, "no answer")
 
 
 def test_addresses_are_visited_in_turn_and_any_means_here() -> None:
-    it = Round(settings(("0.0.0.0", 1), ("::", 2), ("[::]", 3), ("10.0.0.1", 4)), now=0.0)
+    addresses = (("0.0.0.0", 1), ("::", 2), ("[::]", 3), ("10.0.0.1", 4))
+    it = Round(addresses, 5.0, now=0.0)
     seen = [it.start(0.0) for _ in range(5)]
     here = [("127.0.0.1", 1), ("::1", 2), ("::1", 3), ("10.0.0.1", 4), ("127.0.0.1", 1)]
     assert seen == here
@@ -112,34 +117,57 @@ def test_addresses_are_visited_in_turn_and_any_means_here() -> None:
 
 def test_no_address_is_an_error() -> None:
     with pytest.raises(ValueError, match="no address"):
-        Round(CanarySettings(()), now=0.0)
+        Round((), 5.0, now=0.0)
 
 
 def test_at_the_start_it_tries_every_50_ms_for_10_seconds() -> None:
-    it = Round(settings(), now=0.0)
+    it = Round(HERE, 5.0, now=0.0)
     assert it.visit_at == 0.0
     it.start(0.0)
-    it.finish(False, 0.01)
+    it.finish(failed("tcp"), 0.01)
     assert it.visit_at == pytest.approx(0.06)
     it.start(9.9)
-    it.finish(False, 10.0)
+    it.finish(failed("tcp"), 10.0)
     assert it.visit_at == pytest.approx(14.9)
 
 
-def test_a_failed_visit_waits_since_its_start_until_the_next_success() -> None:
-    it = Round(settings(), now=0.0)
+@pytest.mark.parametrize(
+    ("stage", "accused"),
+    [
+        ("tcp", REACH_EDGE),
+        ("tls", REACH_EDGE),
+        ("signature", REACH_CORE),
+        ("login", REACH_CORE),
+        ("echo", REACH_CORE),
+    ],
+)
+def test_how_far_it_came_tells_who_is_accused(stage: str, accused: str) -> None:
+    it = Round(HERE, 5.0, now=0.0)
+    it.start(1.0)
+    it.finish(failed(stage), 3.0)
+    (other,) = {REACH_EDGE, REACH_CORE} - {accused}
+    assert (it.waiting_since(accused), it.waiting_since(other)) == (1.0, 0.0)
+
+
+def test_a_trouble_lasts_until_that_address_serves_and_is_as_new_as_its_last_visit() -> None:
+    it = Round(HERE, 5.0, now=0.0)
     it.start(0.0)
-    it.finish(True, 0.1)
-    assert (it.well, it.done, it.waiting_since, it.visit_at) == (True, 1, 0.0, 5.0)
+    it.finish(WELL, 0.1)
+    assert (it.well, it.done, it.visit_at) == (True, 1, 5.0)
     it.start(5.0)
-    it.finish(False, 7.0)
-    assert (it.done, it.waiting_since, it.visit_at) == (1, 5.0, 10.0)
+    it.finish(failed("tcp"), 7.0)
+    assert (it.done, it.waiting_since(REACH_EDGE), it.visit_at) == (1, 5.0, 10.0)
     it.start(10.0)
-    it.finish(False, 12.0)
-    assert it.waiting_since == 5.0
+    it.finish(WELL, 10.1)  # the other address
+    assert it.waiting_since(REACH_EDGE) == 5.0
     it.start(15.0)
-    it.finish(True, 15.1)
-    assert (it.done, it.waiting_since) == (2, 0.0)
+    it.finish(failed("tls"), 17.0)
+    assert it.waiting_since(REACH_EDGE) == 15.0
+    it.start(20.0)
+    it.finish(WELL, 20.1)
+    it.start(25.0)
+    it.finish(WELL, 25.1)
+    assert (it.done, it.waiting_since(REACH_EDGE)) == (4, 0.0)
 
 
 class FakeDuty:
@@ -155,7 +183,8 @@ class FakeChild:
         self._memory = os.memfd_create("canary")
         os.write(self._memory, SECRET)
         self._pipe = os.pipe()
-        self._duty = FakeDuty()
+        self.duties = {REACH_EDGE: FakeDuty(), REACH_CORE: FakeDuty()}
+        self.hurried = 0
         self.ready_at_done: list[int] = []
         self.said: list[str] = []
         self.turns: list[float] = []
@@ -166,8 +195,10 @@ class FakeChild:
         return [self._memory]
 
     def duty(self, name: str) -> FakeDuty:
-        assert name == "served"
-        return self._duty
+        return self.duties[name]
+
+    def hurry(self) -> None:
+        self.hurried += 1
 
     def fileno(self) -> int:
         return self._pipe[0]
@@ -181,7 +212,7 @@ class FakeChild:
         return 0.1
 
     def ready(self) -> None:
-        self.ready_at_done.append(self._duty.done)
+        self.ready_at_done.append(self.duties[REACH_CORE].done)
 
     def say(self, text: str) -> None:
         self.said.append(text)
@@ -195,7 +226,7 @@ def run_canary(server: FakeServer, until: Callable[[FakeChild], bool]) -> FakeCh
     child = FakeChild(until)
     end = time.monotonic() + 10
     child._until = lambda child: until(child) or time.monotonic() > end
-    settings = CanarySettings((("127.0.0.1", server.port),), interval=0.05, timeout=0.3)
+    settings = CanarySettings(lambda: (("127.0.0.1", server.port),), interval=0.05, timeout=0.3)
     try:
         canary_main.main(child, settings)  # type: ignore[arg-type]  # a fake
     finally:
@@ -205,9 +236,9 @@ def run_canary(server: FakeServer, until: Callable[[FakeChild], bool]) -> FakeCh
 
 
 def test_the_child_is_ready_after_its_first_success_and_counts(hub: FakeServer) -> None:
-    child = run_canary(hub, lambda child: child._duty.done >= 3)
+    child = run_canary(hub, lambda child: child.duties[REACH_CORE].done >= 3)
     assert child.ready_at_done == [1]
-    assert child._duty.waiting_since == 0.0
+    assert child.duties[REACH_CORE].waiting_since == 0.0
 
 
 def test_the_child_says_why_it_is_not_ready_and_beats_all_the_time(hub: FakeServer) -> None:
@@ -218,7 +249,7 @@ def test_the_child_says_why_it_is_not_ready_and_beats_all_the_time(hub: FakeServ
         nonlocal seen
         if hub.connections >= 3 and hub.refuse_login:
             assert child.ready_at_done == []
-            assert child._duty.waiting_since > 0
+            assert child.duties[REACH_CORE].waiting_since > 0
             hub.refuse_login = 0
         return bool(child.ready_at_done)
 
@@ -226,6 +257,6 @@ def test_the_child_says_why_it_is_not_ready_and_beats_all_the_time(hub: FakeServ
     # Once, not at every attempt.
     assert len(child.said) == 1
     assert "stage login: no such hub" in child.said[0]
-    assert child._duty.waiting_since == 0.0
+    assert child.duties[REACH_CORE].waiting_since == 0.0
     gaps = [b - a for a, b in zip(child.turns, child.turns[1:], strict=False)]
     assert max(gaps) < 1.0
