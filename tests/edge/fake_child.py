@@ -121,6 +121,7 @@ class FakeTree:
     def __init__(self, settings: EdgeSettings) -> None:
         self.settings = settings
         self.pid = 0
+        self.ready = False
         self.said: list[str] = []
         self.given: dict[bytes, int] = {}
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=100)
@@ -152,9 +153,12 @@ class FakeTree:
         theirs.close()
         os.close(read)
         self._gifts, self._orders = ours, write
-        eventually(lambda: self.drain() or self.ready)
 
-    ready = False
+        def is_ready() -> bool:
+            self.drain()
+            return self.ready
+
+        eventually(is_ready)
 
     def _be_edge(
         self,
@@ -166,7 +170,14 @@ class FakeTree:
         code = 1
         try:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-            keep = {0, 1, 2, gifts, orders, *self.given.values(), *sum(held.values(), [])}
+            keep = {
+                0,
+                1,
+                2,
+                gifts,
+                orders,
+                *self.given.values(),
+            }.union(*held.values())
             for fd in range(3, 4096):
                 if fd not in keep:
                     try:
@@ -176,20 +187,20 @@ class FakeTree:
             before()
             main(cast(Child, FakeChild(held, dict(self.given), gifts, orders)), self.settings)
             code = 0
-        except BaseException:
+        except BaseException:  # noqa: BLE001  # whatever it is, pytest must not go on in here
             traceback.print_exc()
             sys.stderr.flush()
         finally:
             os._exit(code)
 
-    def drain(self) -> None:
-        """Take what the edge gave, dropped and said."""
+    def drain(self) -> dict[bytes, int]:
+        """Take what the edge gave, dropped and said; return what is kept for the next one."""
         gifts = self._gifts
         assert gifts is not None
         while select.select([gifts], [], [], 0)[0]:
             data, fds, _, _ = socket.recv_fds(gifts, 1000, 4)
             if not data:
-                return
+                break
             match data[:1]:
                 case b"G":
                     self.given[data[1:]] = fds[0]
@@ -199,6 +210,7 @@ class FakeTree:
                     self.ready = True
                 case _:
                     self.said.append(data[1:].decode())
+        return self.given
 
     def kill(self) -> None:
         """Kill the edge, and take what it gave before."""

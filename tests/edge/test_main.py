@@ -1,5 +1,6 @@
 """A whole edge in a process of its own, OpenSSL clients in front of it, a scripted core behind."""
 
+import os
 import socket
 import ssl
 import struct
@@ -10,6 +11,7 @@ import pytest
 from pkvpn import channel
 from pkvpn.channel import Mode
 from pkvpn.edge.main import EdgeSettings
+from pkvpn.protocol.blocks import BlockDecoder
 from tests.edge.conftest import Pem
 from tests.edge.fake_child import FakeTree
 from tests.support import eventually
@@ -147,7 +149,7 @@ def test_known_flows_do_not_reach_the_core(tree: FakeTree, pair: tuple[Client, C
 
 
 def test_flows_end_when_the_core_says_so(tree: FakeTree, pair: tuple[Client, Client]) -> None:
-    a, b = pair
+    a, _ = pair
     tree.core.say(channel.Unflow(a.conn, B + A))
     eventually_misses(tree, a, frame(B, A))
 
@@ -237,14 +239,12 @@ def test_noise_instead_of_a_request_ends_with_close_notify(tree: FakeTree) -> No
 def test_a_login_that_takes_too_long_is_ended_however_busy(tree: FakeTree) -> None:
     client = Client(tree)
     client.sock.settimeout(0.2)
-    with pytest.raises(ssl.SSLError):
-        while True:
-            client.sock.sendall(b"G")  # one byte of a request line, again and again
-            try:
-                if not client.sock.recv(100):
-                    raise ssl.SSLError("goodbye")
-            except TimeoutError:
-                pass
+
+    def goodbye() -> bool:
+        client.sock.sendall(b"G")  # one byte of a request line, again and again
+        return not client.sock.recv(100)
+
+    eventually(goodbye)
     assert tree.core.wait_for(channel.Closed).why == "login takes too long"
     client.close()
 
@@ -405,76 +405,46 @@ def test_a_request_in_the_hands_of_a_dead_edge_is_asked_again(tree: FakeTree) ->
 def test_under_load_no_kill_costs_a_connection_or_a_frame(
     tree: FakeTree, pair: tuple[Client, Client]
 ) -> None:
-    """Frames are numbered: each comes at least once, and those of one number are the same."""
+    """Frames are numbered, and a kill comes anywhere; each comes through at least once."""
     a, b = pair
-    numbers = iter(range(1 << 30))
     b.sock.settimeout(0.02)
+    parser = BlockDecoder()
     pending: set[bytes] = set()
-    buffer = b""
+    number = 0
 
     def send() -> None:
-        frames = [
-            frame(B, A, 1514)[:-4] + struct.pack("!I", number)
-            for number, _ in zip(numbers, [0] * 40)
-        ]
+        nonlocal number
+        frames = [frame(B, A, 1510) + struct.pack("!I", number + i) for i in range(40)]
+        number += 40
         pending.update(frames)
         a.sock.sendall(batch(*frames))
 
-    def receive() -> None:
-        nonlocal buffer
+    def all_came() -> bool:
+        # What comes before the flows are said again goes through the core.
+        tree.core.frames.setblocking(False)
         try:
-            while len(buffer) < 1 << 20:
-                buffer += b.sock.recv(65536)
+            while True:
+                message = channel.decode_from_edge(tree.core.frames.recv(channel.MAX_MESSAGE))
+                assert isinstance(message, channel.Frames)
+                tree.core.say(channel.FramesOut((b.conn,), message.blocks))
+        except BlockingIOError:
+            pass
+        try:
+            while data := b.sock.recv(65536):
+                pending.difference_update(parser.feed(data))
         except TimeoutError:
             pass
-        at = 0
-        left = receive_left[0]
-        while len(buffer) - at >= 4:
-            (size,) = struct.unpack_from("!I", buffer, at)
-            if left:
-                if len(buffer) - at < 4 + size:
-                    break
-                pending.discard(buffer[at + 4 : at + 4 + size])
-                at += 4 + size
-                left -= 1
-            elif size == 0xFFFFFFFF:
-                if len(buffer) - at < 8:
-                    break
-                (size,) = struct.unpack_from("!I", buffer, at + 4)
-                if len(buffer) - at < 8 + size:
-                    break
-                at += 8 + size
-            else:
-                left = size
-                at += 4
-        receive_left[0] = left
-        buffer = buffer[at:]
+        return not pending
 
-    receive_left = [0]
-    for round_ in range(8):
-        for _ in range(3 + round_):
+    for _ in range(12):
+        for _ in range(3):  # more may find the send ring full, and be dropped as they should
             send()
         tree.kill()
         send()
         tree.start()
-        # Flows are the core's to say again; what comes before goes through it.
         tree.core.wait_for(channel.Adopted)
         tree.core.say(channel.Hello(channel.VERSION, 1))
         tree.core.say(channel.Flow(a.conn, B + A, b.conn))
-        tree.core.wait_for(channel.Replayed)
-
-        def all_came() -> bool:
-            tree.core.frames.setblocking(False)
-            try:
-                while True:
-                    message = channel.decode_from_edge(tree.core.frames.recv(65536))
-                    assert isinstance(message, channel.Frames)
-                    tree.core.say(channel.FramesOut((b.conn,), message.blocks))
-            except BlockingIOError:
-                pass
-            receive()
-            return not pending
-
         eventually(all_came)
 
 
@@ -484,15 +454,13 @@ def test_descriptors_that_nothing_is_known_of_are_closed(tree: FakeTree) -> None
     tree.given[b"who knows"] = theirs.detach()
     tree.start()
     assert ours.recv(1) == b""
-    eventually(lambda: tree.drain() or not tree.given)
+    eventually(lambda: not tree.drain())
     ours.close()
 
 
 def test_two_deaths_on_one_connection_close_it(tree: FakeTree, pair: tuple[Client, Client]) -> None:
     """The mark is written by hand: what kills an edge is what we do not know."""
     a, b = pair
-    import os
-
     mark = struct.pack("=QQ", a.conn, 12345)
     for _ in range(2):
         tree.kill()
