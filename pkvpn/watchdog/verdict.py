@@ -345,13 +345,12 @@ class Judge:
         if facts is not None and facts.state in {"Z", "X", "x"}:
             return [self._condemn(Verdict.DEAD, f"{silence}: its main thread has ended")]
         if before is None or (facts is None and before.facts is not None):
-            # We came too late for the first sample, or it vanished between the two.
-            self._look_at = now + limits.hang_timeout / 4
+            # We came too late for the first sample, or it vanished between the two: the look
+            # that `expire` has asked for already is the second.
             return []
         if facts is None or before.facts is None:
             if facts is not None:
                 self._first = sample  # readable after all: the difference starts here
-                self._look_at = now + limits.hang_timeout / 4
                 return []
             return [self._condemn(Verdict.BLOCKED, f"{silence}: nothing to be read in /proc")]
 

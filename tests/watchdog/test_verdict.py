@@ -157,6 +157,48 @@ def test_a_starved_child_that_then_sleeps_is_blocked() -> None:
     assert condemned(judge.facts(facts("S", wait=490), 2.0)) is Verdict.BLOCKED
 
 
+def silent_again(judge: Judge, beat_at: float, *views: Facts) -> list[Command]:
+    """It beats, is silent again, and is looked at at half and at the whole of its timeout."""
+    judge.beat(Beat(int(beat_at * 100), 0.0, ()), beat_at)
+    said: list[Command] = []
+    for view, at in zip(views, (beat_at + 0.5, beat_at + 1.0), strict=True):
+        assert judge.expire(at) == [Look(PID)]
+        said += judge.facts(view, at)
+    return said
+
+
+def test_processor_time_from_before_a_beat_does_not_count() -> None:
+    judge = armed()
+    judged(judge, facts("R"), facts("R", run=400, wait=100))
+    said = silent_again(judge, 1.1, facts("R", run=500, wait=600), facts("R", run=510, wait=1000))
+    assert condemned(said) is None
+    assert judge.verdict == "starved"
+
+
+def test_what_held_it_before_a_beat_is_no_excuse_after() -> None:
+    judge = armed()
+    judged(judge, facts("S", frozen=True), facts("S", frozen=True))
+    assert condemned(silent_again(judge, 1.1, facts("S"), facts("S"))) is Verdict.BLOCKED
+
+
+def test_processor_time_from_while_it_was_held_does_not_count() -> None:
+    judge = armed()
+    assert judged(judge, facts("t", tracer_pid=1), facts("R", run=900)) == []
+    judge.expire(1.5)
+    assert judge.facts(facts("R", run=900), 1.5) == []
+    judge.expire(2.0)
+    assert noted(judge.facts(facts("R", run=910, wait=480), 2.0)) == [Verdict.STARVED]
+
+
+def test_without_a_count_of_waits_sleep_is_what_it_did_not_run() -> None:
+    asleep = judged(armed(), Facts(state="S", run_ns=0), Facts(state="S", run_ns=10 * MS))
+    assert condemned(asleep) is Verdict.BLOCKED
+    runnable = judged(armed(), Facts(state="R", run_ns=0), Facts(state="R", run_ns=10 * MS))
+    assert noted(runnable) == [Verdict.STARVED]
+    half = judged(armed(), facts("S"), Facts(state="S", run_ns=10 * MS))
+    assert condemned(half) is Verdict.BLOCKED
+
+
 def test_without_schedstat_the_ticks_of_all_threads_decide() -> None:
     spins = judged(
         armed(),
