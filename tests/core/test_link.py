@@ -30,7 +30,7 @@ def ends() -> Iterator[Ends]:
 
 
 def drain(sock: socket.socket) -> list[object]:
-    messages = []
+    messages: list[object] = []
     while True:
         try:
             messages.append(decode_from_core(sock.recv(70000)))
