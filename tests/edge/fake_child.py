@@ -121,6 +121,8 @@ class FakeTree:
     def __init__(self, settings: EdgeSettings) -> None:
         self.settings = settings
         self.pid = 0
+        # Closed with the tree, however a test ends.
+        self.clients: list[socket.socket] = []
         self.ready = False
         self.said: list[str] = []
         self.given: dict[bytes, int] = {}
@@ -237,6 +239,8 @@ class FakeTree:
     def close(self) -> None:
         if self.pid:
             self.kill()
+        for client in self.clients:
+            client.close()
         for fd in (*self.channel, self.checkpoint, *self.given.values()):
             os.close(fd)
         self.listener.close()
