@@ -43,6 +43,11 @@ EXIT_ORPHAN = 79
 GIVE, DROP, REFUSED = b"G", b"D", b"R"
 MAX_KEY = 64
 
+# A write to what is gone, or over a limit, is an error where it happens, and no signal.
+_IGNORED = {signal.SIGPIPE, signal.SIGXFSZ}
+# Nobody may change these; Python's own table has None for what C code has set.
+_FIXED = {signal.SIGKILL, signal.SIGSTOP}
+
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -372,13 +377,9 @@ def _reset_signals() -> None:
     """Nothing of the watchdog's handlers, nor of what its starter had ignored."""
     signal.set_wakeup_fd(-1)
     for number in signal.valid_signals():
-        if number not in (signal.SIGKILL, signal.SIGSTOP):
-            try:
-                signal.signal(number, signal.SIG_DFL)
-            except (OSError, ValueError):
-                pass  # two real-time signals belong to the C library
-    for number in (signal.SIGPIPE, signal.SIGXFSZ):
-        signal.signal(number, signal.SIG_IGN)
+        wanted = signal.SIG_IGN if number in _IGNORED else signal.SIG_DFL
+        if number not in _FIXED and signal.getsignal(number) is not wanted:
+            signal.signal(number, wanted)
 
 
 def close_all_but(keep: set[int]) -> None:
@@ -393,10 +394,15 @@ def close_all_but(keep: set[int]) -> None:
 
 def _set_oom_score(value: int) -> None:
     try:
-        with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
-            file.write(str(value))
+        fd = os.open("/proc/self/oom_score_adj", os.O_WRONLY)
+    except OSError:
+        return  # no /proc, or not ours to write
+    try:
+        os.write(fd, str(value).encode())
     except OSError:
         pass  # lowering it takes a right that User Mode does not have
+    finally:
+        os.close(fd)
 
 
 def _route_logging(birth: Birth) -> None:
