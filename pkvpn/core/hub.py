@@ -123,7 +123,7 @@ class Hub:
         self.flows = FlowBook()
         self.macs_not_learnt = 0
         self._next_port = 1
-        # Since the last switch began: an address was learnt where another entry of it was not.
+        # Since the last switch began: an address has moved, or was seen with a tag.
         self._moved = False
         # Where the last flood went, and from whom; None: find out.
         self._flooding: Port | None = None
@@ -252,7 +252,7 @@ class Hub:
             if port is sender:
                 return _NOWHERE, False, Drop.SAME_PORT
             if port is not None:
-                if self._holds(macs, sender, port):
+                if not tag and self._holds(macs, sender, port):
                     candidates[macs] = port
                 return port.only, False, None
         if sender.tokens < 1.0:
@@ -270,9 +270,8 @@ class Hub:
                 self._moved = True
                 self._withdraw(key[:6])
             case Learnt.NEW:
-                # The same MAC under another tag, perhaps behind another port.  A flow does not
-                # look at tags.
-                if not self.macs.agreed(key[:6], port):
+                if len(key) > 6:
+                    # An edge does not look at tags: it must not have flows of this MAC now.
                     self._moved = True
                     self._withdraw(key[:6])
 
@@ -340,17 +339,12 @@ class Hub:
         return port
 
     def _holds(self, key: bytes, sender: Port, port: Port) -> bool:
-        """Do frames with these MACs go from here to there, whatever their tags, and both are known?
+        """May an edge send all frames with these MACs from here to there?
 
-        What is not known here could turn up elsewhere, and nothing would withdraw the flow.
+        It looks at no tags, so both MACs must be without; and both must be known here, or nothing
+        would withdraw the flow when they turn up elsewhere.
         """
-        destination, source = key[:6], key[6:]
-        return (
-            self.macs.agreed(destination, port)
-            and self.macs.agreed(source, sender)
-            and self.macs.knows(destination)
-            and self.macs.knows(source)
-        )
+        return self.macs.settled(key[:6], port) and self.macs.settled(key[6:], sender)
 
     def connection_gone(self, conn: int) -> bool:
         """No flow from or to this connection holds any more; True if there was one."""

@@ -84,19 +84,10 @@ class MacTable(Generic[P]):
             return None
         return entry.port
 
-    def agreed(self, mac: bytes, port: P) -> bool:
-        """True if the MAC is behind no other port, whatever the tag."""
-        entries = self._entries
-        entry = entries.get(mac)
-        if entry is not None and entry.port is not port:
-            return False
-        if not self._tagged:
-            return True
-        return all(entries[key].port is port for key in self._tagged.get(mac, ()))
-
-    def knows(self, mac: bytes) -> bool:
-        """Is there an entry of the MAC, with any tag or none?"""
-        return mac in self._entries or mac in self._tagged
+    def settled(self, mac: bytes, port: P) -> bool:
+        """Is the MAC behind this port, and not seen with any tag?"""
+        entry = self._entries.get(mac)
+        return entry is not None and entry.port is port and mac not in self._tagged
 
     def forget_port(self, port: P) -> list[bytes]:
         """Remove all of a port; the keys."""

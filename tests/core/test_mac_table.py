@@ -57,14 +57,15 @@ def test_a_port_fills_its_own_share_only() -> None:
     assert macs.find(A, 0.0) == "one"
 
 
-def test_tags_are_tables_of_their_own_and_agreement_looks_at_all_of_them() -> None:
+def test_tags_are_tables_of_their_own_and_a_tagged_address_is_not_settled() -> None:
     macs = table()
+    assert not macs.settled(A, "one")
     macs.learn(A, "one", 0.0)
-    assert macs.agreed(A, "one")
+    assert macs.settled(A, "one")
+    assert not macs.settled(A, "two")
     assert macs.learn(A + TAG, "two", 0.0) is Learnt.NEW
     assert macs.find(A, 0.0) == "one"
     assert macs.find(A + TAG, 0.0) == "two"
-    assert not macs.agreed(A, "one")
+    assert not macs.settled(A, "one")
     macs.forget_port("two")
-    assert macs.agreed(A, "one")
-    assert macs.agreed(B, "anything")
+    assert macs.settled(A, "one")
