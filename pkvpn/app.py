@@ -31,6 +31,7 @@ from pkvpn.watchdog.logchild import LogSettings
 from pkvpn.watchdog.policy import OnLimit, RestartPolicy
 from pkvpn.watchdog.spec import ChildSpec, HeldSpec, TreeSpec, Upgrade
 from pkvpn.watchdog.supervisor import EXIT_START_FAILED, run_tree
+from pkvpn.watchdog.upgrade import is_copy
 
 TITLE = "vpnserver execsvc"
 COMM = "vpnserver"
@@ -240,9 +241,7 @@ def execsvc(
         return 0
     os.umask(0o077)
     make_directories(settings)
-    # From here on the current directory is nobody's; what was found through it must still be.
-    sys.path[:] = [os.path.abspath(path) for path in sys.path]
-    os.chdir("/")
+    _leave_directory()
     logging.getLogger().setLevel(settings.log.level.upper())
     tell = _teller(ready_fd) if ready_fd is not None else _print_start
     try:
@@ -256,6 +255,18 @@ def execsvc(
     except (ConfigError, OSError) as error:
         tell({"error": str(error), "code": EXIT_START_FAILED})
         return EXIT_START_FAILED
+
+
+def _leave_directory() -> None:
+    """From here on the current directory is nobody's; a package that was found through it (a
+    checkout) must still be found, also by the programs an upgrade starts."""
+    sys.path[:] = [os.path.abspath(path) for path in sys.path]
+    if not is_copy("pkvpn"):
+        home = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+        known = os.environ.get("PYTHONPATH", "")
+        if home not in known.split(os.pathsep):
+            os.environ["PYTHONPATH"] = os.pathsep.join(path for path in (home, known) if path)
+    os.chdir("/")
 
 
 def _teller(fd: int) -> Callable[[dict[str, Any]], None]:
