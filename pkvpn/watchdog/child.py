@@ -99,6 +99,7 @@ class Child:
         self.name = birth.name
         self.incarnation = birth.incarnation
         self.stopping = False
+        self.yielding = False  # stopping, and a successor goes on with what is given and held
         self._birth = birth
         self._gifts = socket.socket(fileno=birth.gifts)
         self._orders = lifeline.OrderDecoder()
@@ -164,15 +165,16 @@ class Child:
         return self._epoll.fileno()
 
     def receive(self) -> list[str]:
-        """Return what was ordered since the last call ("stop", "reload"); never blocks."""
+        """Return what was ordered since the last call ("stop", "yield", "reload"); never blocks."""
         self._read_quietly(self._wake_read)
         self._read_refusals()
         data = self._read_quietly(self._birth.down)
         if data == b"":  # end of file: nobody is left above us
             os._exit(EXIT_ORPHAN)
         orders = self._orders.feed(data or b"")
-        if Order.STOP in orders:
-            self.stopping = True
+        for order in orders:
+            if order in (Order.STOP, Order.YIELD):
+                self.stopping, self.yielding = True, order is Order.YIELD
         return [order.name.lower() for order in orders]
 
     def turn(self, now: float) -> float:

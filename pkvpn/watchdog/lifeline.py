@@ -47,8 +47,9 @@ class Kind(IntEnum):
 class Order(IntEnum):
     """What the watchdog tells a child."""
 
-    STOP = 1
+    STOP = 1  # end, and end what you do for others
     RELOAD = 2
+    YIELD = 3  # end, and leave all as it is: a successor goes on with it
 
 
 class Said(NamedTuple):

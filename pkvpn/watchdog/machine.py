@@ -135,7 +135,9 @@ class Spawn:
 
 @dataclass(frozen=True)
 class Ask:
-    """Tell the child to stop."""
+    """Tell the child to stop.  ``yielding``: a successor comes, so it leaves all as it is."""
+
+    yielding: bool = False
 
 
 @dataclass(frozen=True)
@@ -203,6 +205,7 @@ class ChildMachine:
         self._up_at: float | None = None
         self._spawns = 0
         self._fresh = False  # the next incarnation starts by exec
+        self._yielding = False  # asked to make way for a successor
 
     # -- the three calls (style.md): what happened, when to wake, the time has come
 
@@ -276,7 +279,17 @@ class ChildMachine:
 
     def _replace(self, event: Event, now: float, lot: float) -> list[Command]:
         self.wanted_up = True
-        return self._go_stopping(Why.STOPPED, Phase.ASKED, now + self.spec.stop_timeout, Ask())
+        self._yielding = True
+        deadline = now + self.spec.stop_timeout
+        return self._go_stopping(Why.STOPPED, Phase.ASKED, deadline, Ask(yielding=True))
+
+    def _ask_again(self, event: Event, now: float, lot: float) -> list[Command]:
+        """No successor comes after all: one that is making way is to end everything."""
+        self.wanted_up = False
+        if not self._yielding:
+            return []
+        self._yielding = False
+        return [Ask()]
 
     def _condemn(self, event: Event, now: float, lot: float) -> list[Command]:
         assert isinstance(event, Condemned)
@@ -314,7 +327,7 @@ class ChildMachine:
         up_for = now - self._up_at if self._up_at is not None else 0.0
         asked = self.phase is Phase.ASKED
         for_cause = self.why is not Why.STOPPED
-        self.phase, self.undead = None, False
+        self.phase, self.undead, self._yielding = None, False, False
         report: list[Command] = [] if asked and event.clean else [ReportDeath()]
         if not self.wanted_up:
             return self._go_down(report)
@@ -384,6 +397,7 @@ _fine, _no = _M._ignore, _M._impossible
 _anew, _ready, _died = _M._spawn_anew, _M._ready, _M._died
 _up, _down, _off = _M._want_up, _M._want_down, _M._cancel
 _late, _give, _kill = _M._start_timeout, _M._condemn, _M._next_phase
+_over = _M._ask_again
 _born, _none, _back = _M._spawned, _M._spawn_failed, _M._respawn
 
 # One row a state, one column an event.
@@ -394,7 +408,7 @@ _ROWS: dict[State, tuple[Cell, ...]] = {
     State.DOWN:     (_M._spawn, _fine,  _fine,   _M._spawn,   _no,     _no,         _no,    _no,      _no,       _no),  # noqa: E501
     State.STARTING: (_up,       _down,  _M._ask, _M._replace, _born,   _none,       _ready, _died,    _give,     _late),  # noqa: E501
     State.UP:       (_up,       _down,  _M._ask, _M._replace, _no,     _no,         _fine,  _died,    _give,     _no),  # noqa: E501
-    State.STOPPING: (_up,       _down,  _down,   _up,         _no,     _no,         _fine,  _M._gone, _fine,     _kill),  # noqa: E501
+    State.STOPPING: (_up,       _down,  _over,   _up,         _no,     _no,         _fine,  _M._gone, _fine,     _kill),  # noqa: E501
     State.BACKOFF:  (_M._spawn, _off,   _off,    _M._spawn,   _no,     _no,         _no,    _no,      _no,       _back),  # noqa: E501
     State.FAILING:  (_anew,     _off,   _off,    _anew,       _no,     _no,         _no,    _no,      _no,       _back),  # noqa: E501
     State.FAILED:   (_anew,     _off,   _off,    _anew,       _no,     _no,         _no,    _no,      _no,       _no),  # noqa: E501

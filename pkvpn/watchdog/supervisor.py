@@ -578,7 +578,7 @@ class Supervisor:
             if isinstance(command, machine.Spawn):
                 self._spawn(slot, command.fresh, now)
             elif isinstance(command, machine.Ask) and slot.alive is not None:
-                slot.alive.order(Order.STOP)
+                slot.alive.order(Order.YIELD if command.yielding else Order.STOP)
             elif isinstance(command, machine.Gather) and slot.alive is not None:
                 slot.alive.snapshot = procfs.snapshot_text(slot.alive.pid)
                 slot.alive.signal(signal.SIGQUIT)

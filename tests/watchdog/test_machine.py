@@ -148,7 +148,7 @@ CELLS: dict[tuple[State, str], tuple[State, bool, list[Command]]] = {
     (State.STARTING, "start"): (State.STARTING, True, []),
     (State.STARTING, "dismiss"): (State.STARTING, False, []),
     (State.STARTING, "stop"): (State.STOPPING, False, [Ask(), A]),
-    (State.STARTING, "replace"): (State.STOPPING, True, [Ask(), A]),
+    (State.STARTING, "replace"): (State.STOPPING, True, [Ask(yielding=True), A]),
     (State.STARTING, "spawned"): (State.STARTING, True, []),
     (State.STARTING, "spawn-failed"): (State.STARTING, True, [Spawn(), A]),
     (State.STARTING, "ready"): (State.UP, True, [A]),
@@ -159,7 +159,7 @@ CELLS: dict[tuple[State, str], tuple[State, bool, list[Command]]] = {
     (State.UP, "start"): (State.UP, True, []),
     (State.UP, "dismiss"): (State.UP, False, []),
     (State.UP, "stop"): (State.STOPPING, False, [Ask(), A]),
-    (State.UP, "replace"): (State.STOPPING, True, [Ask(), A]),
+    (State.UP, "replace"): (State.STOPPING, True, [Ask(yielding=True), A]),
     (State.UP, "ready"): (State.UP, True, []),
     (State.UP, "crash"): (State.STARTING, True, [Spawn(), A, ReportDeath()]),
     (State.UP, "clean"): (State.STARTING, True, [Spawn(), A, ReportDeath()]),
@@ -268,6 +268,15 @@ def test_a_start_during_a_stop_brings_it_back_after_it_is_gone() -> None:
     machine = stopping()
     told(machine, (Start(), 20.5))
     assert told(machine, (CLEAN, 21.0)) == [Spawn(), A]
+
+
+def test_one_that_makes_way_and_gets_no_successor_is_asked_to_end_everything() -> None:
+    machine = up()
+    told(machine, (Replace(), 20.0))
+    assert told(machine, (Stop(), 20.1)) == [Ask()]
+    assert told(machine, (Stop(), 20.2)) == []
+    assert told(machine, (CLEAN, 20.3)) == [A]
+    assert machine.state is State.DOWN
 
 
 def test_a_replaced_child_comes_back_at_once_however_young_it_was() -> None:
