@@ -13,12 +13,10 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
-from pkvpn.core.control import Control, Live, Refused
+from pkvpn.core.control import Control, Live
 from pkvpn.core.store import Store, StoreError
-from pkvpn.watchdog.child import Duty
-from pkvpn.watchdog.control import ControlError, ControlServer
 
 _log = logging.getLogger("pkvpn.core")
 
@@ -93,15 +91,29 @@ def live_in_loop(live: Live, calls: Calls) -> Live:
     return cast(Live, _InLoop(live, calls))
 
 
-class StoreThread(threading.Thread):
-    """Owns ``store``, which ``control`` uses, from `start` on, and closes it."""
+class Server(Protocol):
+    """What answers operators from within a selector loop (the watchdog's `ControlServer`)."""
 
-    def __init__(self, store: Store, control: Control, listener_fd: int, duty: Duty) -> None:
+    def handle(self, key: selectors.SelectorKey, mask: int) -> bool:
+        """Do what there is to do for one event."""
+
+    def close(self) -> None:
+        """End every connection."""
+
+
+class StoreThread(threading.Thread):
+    """Owns ``store``, which ``control`` uses, from `start` on, and closes it.
+
+    ``serve`` makes the server that answers by ``control``, in this thread.
+    """
+
+    def __init__(
+        self, store: Store, control: Control, serve: Callable[[selectors.BaseSelector], Server]
+    ) -> None:
         super().__init__(name="store", daemon=True)
         self._store = store
         self._control = control
-        self._listener_fd = listener_fd
-        self._duty = duty
+        self._serve = serve
         self._stop_read, self._stop_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._failing = ""
 
@@ -112,7 +124,7 @@ class StoreThread(threading.Thread):
     def run(self) -> None:
         """Until the end is asked for."""
         with selectors.DefaultSelector() as selector:
-            server = ControlServer(self._listener_fd, selector, self._answer)
+            server = self._serve(selector)
             selector.register(self._stop_read, selectors.EVENT_READ)
             refresh_at = time.monotonic() + _REFRESH_INTERVAL
             stopping = False
@@ -126,19 +138,6 @@ class StoreThread(threading.Thread):
             server.close()
         os.close(self._stop_read)
         self._store.close()
-
-    def _answer(self, verb: str, args: dict[str, Any]) -> Any:
-        self._duty.waiting_since = time.monotonic()
-        try:
-            return self._control.answer(verb, args)
-        except Refused as refused:
-            raise ControlError(str(refused)) from refused
-        except Exception as error:
-            _log.exception("%s failed", verb)
-            raise ControlError(f"{verb}: {type(error).__name__}: {error}") from error
-        finally:
-            self._duty.done += 1
-            self._duty.waiting_since = 0.0
 
     def _refresh(self) -> None:
         try:

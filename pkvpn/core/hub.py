@@ -252,7 +252,7 @@ class Hub:
             if port is sender:
                 return _NOWHERE, False, Drop.SAME_PORT
             if port is not None:
-                if not tag and self._holds(macs, sender, port):
+                if self._holds(macs, sender, port):
                     candidates[macs] = port
                 return port.only, False, None
         if sender.tokens < 1.0:

@@ -373,6 +373,8 @@ class LoginDesk:
             return None
         session = self._sessions.find(claim)
         if session is None:
+            if self._sessions.taken(claim):
+                return None
             session = self._sessions.rebuild(
                 claim,
                 hub_id=who.hub_id,

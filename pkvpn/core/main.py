@@ -38,7 +38,7 @@ from pkvpn.core import blob as blobs
 from pkvpn.core.admin import Calls, StoreThread, live_in_loop
 from pkvpn.core.blob import Blob, BlobError, Stage
 from pkvpn.core.bridge import Tap
-from pkvpn.core.control import Control, SessionName
+from pkvpn.core.control import Control, Refused, SessionName
 from pkvpn.core.flows import KnownFlow
 from pkvpn.core.hub import Drop, Hub, Port, Run
 from pkvpn.core.link import Link
@@ -50,6 +50,7 @@ from pkvpn.core.settings import CoreSettings
 from pkvpn.core.store import Accounts, Change, Store, StoreError, session_secret
 from pkvpn.protocol.messages import Direction
 from pkvpn.watchdog.child import Child
+from pkvpn.watchdog.control import ControlError, ControlServer
 
 _log = logging.getLogger("pkvpn.core")
 
@@ -148,7 +149,25 @@ class Core:
         self._reconcile(now)
         listener = os.dup(self._child.held("admin")[0])
         control = Control(self._store, live_in_loop(self, self._calls), self._accounts)
-        thread = StoreThread(self._store, control, listener, self._child.duty("store"))
+        duty = self._child.duty("store")
+
+        def answer(verb: str, args: dict[str, Any]) -> Any:
+            """In the store thread."""
+            duty.waiting_since = time.monotonic()
+            try:
+                return control.answer(verb, args)
+            except Refused as refused:
+                raise ControlError(str(refused)) from refused
+            except Exception as error:
+                _log.exception("%s failed", verb)
+                raise ControlError(f"{verb}: {type(error).__name__}: {error}") from error
+            finally:
+                duty.done += 1
+                duty.waiting_since = 0.0
+
+        thread = StoreThread(
+            self._store, control, lambda selector: ControlServer(listener, selector, answer)
+        )
         thread.start()
         try:
             self._selector.register(self._child, selectors.EVENT_READ, self._take_orders)

@@ -113,7 +113,7 @@ class Sessions:
         self.timeout = timeout
         self._keys = keys
         self._resume_deadline = started_at + timeout
-        self._counter = 0
+        self._counters: dict[int, int] = {}  # of each hub, for the names
         self._connection_counter = 0
         self._by_id: dict[int, Session] = {}
         self._of_connection: dict[int, Session] = {}
@@ -169,11 +169,13 @@ class Sessions:
         client: str = "",
     ) -> Session:
         """A client has logged in.  ``random``: 2 bytes."""
+        counter = self._counters.get(hub_id, 0)
         while True:
-            self._counter = self._counter % (_COUNTERS - 1) + 1
-            number = self._counter << 16 | int.from_bytes(random, "big")
+            counter = counter % (_COUNTERS - 1) + 1
+            number = counter << 16 | int.from_bytes(random, "big")
             if number not in self._by_id:
                 break
+        self._counters[hub_id] = counter
         claim = Claim(number, generation, half, max_connection)
         session = self._add(claim, hub_id, user_id, user, created_at=now, now=now)
         session.unique_id = unique_id
@@ -185,19 +187,26 @@ class Sessions:
         session = self._by_id.get(claim.session)
         return session if session is not None and session.claim == claim else None
 
+    def taken(self, claim: Claim) -> bool:
+        """Is there a session of this number, if perhaps of another user?"""
+        return claim.session in self._by_id
+
     def may_rebuild(self, claim: Claim, now: float) -> bool:
         """May a session live of which only the key is known?"""
         return (
             now < self._resume_deadline
             and claim.session not in self._ended
-            and claim.session not in self._by_id
+            and not self.taken(claim)
         )
 
     def rebuild(
         self, claim: Claim, *, hub_id: int, user_id: int, user: str, created_at: float, now: float
     ) -> Session:
-        """A session of an earlier core, from its key or from a replay."""
-        self._counter = max(self._counter, claim.session >> 16)
+        """A session of an earlier core, from its key or from a replay.
+
+        To be called only if its number is not `taken`.
+        """
+        self._counters[hub_id] = max(self._counters.get(hub_id, 0), claim.session >> 16)
         return self._add(claim, hub_id, user_id, user, created_at=created_at, now=now)
 
     def attach(self, session: Session, conn: int, direction: Direction) -> None:

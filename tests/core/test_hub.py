@@ -173,6 +173,14 @@ def test_the_same_macs_with_and_without_a_tag_are_decided_apart() -> None:
         assert hub.switch(a, join_blocks(frames), 0.0)[1] == {}
 
 
+def test_a_tagged_frame_behind_a_plain_one_of_the_same_macs_is_looked_at() -> None:
+    hub, (a, b, _) = hub_of(3)
+    sent(hub, b, [frame(EVERYBODY, mac(2))])
+    tagged, plain = frame(mac(2), mac(1), vlan=5), frame(mac(2), mac(1))
+    assert sent(hub, a, [plain, frame(EVERYBODY, mac(1)), plain, tagged])["2"][-1] == tagged
+    assert hub.switch(a, join_blocks([plain]), 0.0)[1] == {}
+
+
 def test_a_port_that_leaves_takes_its_addresses_and_flows() -> None:
     hub, (a, b) = hub_of(2)
     sent(hub, b, [frame(EVERYBODY, mac(2))])
