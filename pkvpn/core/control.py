@@ -9,8 +9,9 @@ import base64
 import binascii
 from typing import Any, NamedTuple, Protocol
 
+from pkvpn.core.accounts import Accounts, Change, HubRecord
 from pkvpn.core.certificates import CertificateError, read_certificate
-from pkvpn.core.store import Accounts, Change, HubRecord, Store, StoreError
+from pkvpn.core.store import Store, StoreError
 from pkvpn.protocol.hashes import user_key
 
 # A user cannot log in with a longer one (SoftEther: MAX_PASSWORD_LEN).

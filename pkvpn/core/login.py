@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from pkvpn.core import certificates
+from pkvpn.core.accounts import Accounts, HubRecord, UserRecord
 from pkvpn.core.attempts import Attempts
 from pkvpn.core.blob import Blob, Stage
 from pkvpn.core.session import Claim, Session, SessionKeys, Sessions
 from pkvpn.core.settings import CoreSettings
-from pkvpn.core.store import Accounts, HubRecord, UserRecord
 from pkvpn.protocol import http
 from pkvpn.protocol.errors import ErrorCode, ProtocolError, meaning
 from pkvpn.protocol.hashes import secure_password, user_key

@@ -35,6 +35,7 @@ from pkvpn.channel import (
     Unflow,
 )
 from pkvpn.core import blob as blobs
+from pkvpn.core.accounts import Accounts, Change
 from pkvpn.core.admin import Calls, StoreThread, live_in_loop
 from pkvpn.core.blob import Blob, BlobError, Stage
 from pkvpn.core.bridge import Tap
@@ -47,7 +48,7 @@ from pkvpn.core.poison import SIZE as MARK_SIZE
 from pkvpn.core.poison import Mark
 from pkvpn.core.session import Session, SessionKeys, Sessions
 from pkvpn.core.settings import CoreSettings
-from pkvpn.core.store import Accounts, Change, Store, StoreError, session_secret
+from pkvpn.core.store import Store, StoreError, session_secret
 from pkvpn.protocol.messages import Direction
 from pkvpn.watchdog.child import Child
 from pkvpn.watchdog.control import ControlError, ControlServer

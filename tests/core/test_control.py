@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
+from pkvpn.core.accounts import Accounts, Change, Kicked
 from pkvpn.core.control import Control, Refused, SessionName
-from pkvpn.core.store import Accounts, Change, Kicked, Store
+from pkvpn.core.store import Store
 from pkvpn.protocol.hashes import user_key
 
 

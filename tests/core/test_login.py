@@ -6,6 +6,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from pkvpn.core.accounts import Accounts, HubGone, HubRecord, Kicked, UserRecord
 from pkvpn.core.attempts import Attempts
 from pkvpn.core.blob import Blob, Stage
 from pkvpn.core.certificates import CertificateError, has_signed, read_certificate
@@ -19,7 +20,6 @@ from pkvpn.core.login import (
 )
 from pkvpn.core.session import SessionKeys, Sessions
 from pkvpn.core.settings import CoreSettings
-from pkvpn.core.store import Accounts, HubGone, HubRecord, Kicked, UserRecord
 from pkvpn.protocol.hashes import user_key
 from pkvpn.protocol.http import PROBE_MARK, VPN_TARGET
 from pkvpn.protocol.messages import AuthType, Direction, Login, Noop, Welcome

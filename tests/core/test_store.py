@@ -8,17 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pkvpn.core.store import (
-    MAX_KICKED,
-    Accounts,
-    Change,
-    HubRecord,
-    Store,
-    StoreError,
-    UserRecord,
-    read_bridges,
-    session_secret,
-)
+from pkvpn.core.accounts import Accounts, Change, HubRecord, UserRecord
+from pkvpn.core.store import MAX_KICKED, Store, StoreError, read_bridges, session_secret
 
 H = bytes(range(20))
 
