@@ -164,7 +164,7 @@ def _spawn_detached(command: list[str], *, keep: int) -> None:
 
 
 def _last_word(settings: Settings, answers: int) -> dict[str, Any]:
-    """Read progress until the service is ready or says why not; each line is a JSON object.
+    """Show progress until the service is ready or says why not; each line is a JSON object.
 
     The time-out counts from the last news, so that slow steps add up and silence does not.
     """
@@ -190,6 +190,7 @@ def _last_word(settings: Settings, answers: int) -> dict[str, Any]:
             if "progress" not in answer:
                 return answer
             progress = answer["progress"]
+            complain(progress)
             deadline = time.monotonic() + patience
 
 

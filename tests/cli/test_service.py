@@ -319,7 +319,10 @@ def test_start_tells_the_reason_and_returns_its_code(
     assert place.vpnserver("start") == 7
     out, err = capsys.readouterr()
     assert out == ""
-    assert err == "vpnserver: the service did not start: no address to listen on\n"
+    assert err.splitlines() == [
+        "vpnserver: binding",
+        "vpnserver: the service did not start: no address to listen on",
+    ]
 
 
 def test_start_believes_a_service_that_found_another_one(
