@@ -105,15 +105,14 @@ class Slot:
 
     def __init__(self, memory: memoryview, index: int) -> None:
         """Slot ``index`` of this memory, whose header is one of ours."""
-        _, slots, rx_size, tx_size = _HEADER.unpack_from(memory, 0)
+        _, slots, _, tx_size = _HEADER.unpack_from(memory, 0)
         self._memory = memory
         self._at = _slots_at(slots) + index * SLOT_SIZE
         self._dirty = HEADER_SIZE + slots + index
         self._hot = 0
         self._cold = 0
         self.index = index
-        rx = _rings_at(slots) + index * (rx_size + tx_size)
-        tx = rx + rx_size
+        rx, tx = self.rings_at()
         self.rx_memory = memory[rx:tx]
         self.tx_memory = memory[tx : tx + tx_size]
 
@@ -221,6 +220,12 @@ class Slot:
             )
         except ValueError as error:
             raise CheckpointError(f"slot {self.index}: {error}") from None
+
+    def rings_at(self) -> tuple[int, int]:
+        """Where in the memory the receive ring and the send ring begin."""
+        _, slots, rx_size, tx_size = _HEADER.unpack_from(self._memory, 0)
+        at = _rings_at(slots) + self.index * (rx_size + tx_size)
+        return at, at + rx_size
 
     def clear(self) -> None:
         """Make it free; nothing in it counts from now on."""

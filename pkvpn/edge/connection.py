@@ -115,6 +115,13 @@ class Records(Protocol):
         """Go on with a new key for what is written from now on."""
         ...
 
+    def renew(self) -> bool:
+        """To be called once a turn: renew worn-out keys; True if something lies in the send ring.
+
+        Raises ConnectionEnds if the client does not do its part.
+        """
+        ...
+
     def alert(self, description: int) -> None:
         """Say it in the send ring; after close_notify nothing may be written."""
         ...
@@ -129,6 +136,7 @@ class OwnRecords:
 
     __slots__ = (
         "_answered",
+        "_asked_to_renew",
         "_marks",
         "_starts",
         "_update_second",
@@ -156,6 +164,8 @@ class OwnRecords:
         # Up to this position KeyUpdates have been answered: a message that is not whole brings
         # them here again.
         self._answered = rx.start
+        # The secret that the client has been asked to renew.
+        self._asked_to_renew = b""
         self._updates = 0
         self._update_second = 0
         # Of the records that `open_all` opened: where in scratch each begins, and
@@ -255,6 +265,21 @@ class OwnRecords:
             raise ConnectionEnds("no room for a KeyUpdate to a client that does not read")
         self.tx.append(self.sealer.seal_key_update(ask=ask))
         self.keys_changed = True
+
+    def renew(self) -> bool:
+        """AES-GCM wears out (RFC 8446 5.5): renew our key, and have the client renew its own."""
+        read, written = self.opener.sequence, self.sealer.sequence
+        if read < RECORDS_PER_KEY and written < RECORDS_PER_KEY:
+            return False
+        if read > 2 * RECORDS_PER_KEY:
+            raise ConnectionEnds("client does not renew its key")
+        ask = read >= RECORDS_PER_KEY and self._asked_to_renew != self.opener.secret
+        if written < RECORDS_PER_KEY and not ask:
+            return False
+        if ask:
+            self._asked_to_renew = self.opener.secret
+        self.key_update(ask=ask)
+        return True
 
     def alert(self, description: int) -> None:
         self.tx.append(self.sealer.seal_alert(description))
@@ -496,8 +521,8 @@ class Connection:
         else:
             at = self._blocks(scratch, at, end, now)
         kept = records.consume(at)
-        if isinstance(records, OwnRecords) and records.opener.sequence > RECORDS_PER_KEY:
-            self._renew_keys(records)
+        if records.renew():
+            self._touch()
         if records.peer_closed:
             raise ConnectionEnds("client said goodbye")
         if not self.request:
@@ -521,16 +546,6 @@ class Connection:
         if requests:
             self.request = requests[0]
             self.requested_at = now
-
-    def _renew_keys(self, records: OwnRecords) -> None:
-        """AES-GCM wears out (RFC 8446 5.5): renew our key, and have the client renew its own.
-
-        The client's number falls back to 0 with its answer; until then this comes again, once
-        in so many records.
-        """
-        if records.opener.sequence % 65536 < 2:
-            records.key_update(ask=True)
-            self._touch()
 
     def _blocks(self, scratch: memoryview, at: int, end: int, now: float) -> int:
         """Walk over blocks, hand them on in runs; return where the first unfinished one starts.
@@ -768,6 +783,9 @@ class Connection:
             return
         if self.mode in _RECEIVING and now - self.heard_at > timeout:
             raise ConnectionEnds(f"silent for {timeout:g} s")
+        if self.records.renew():
+            self._touch()
+            self.save()
         if self.mode in _SENDING and now - self.sent_at >= self.keep_alive_after:
             # From a fifth to a half of T, as the originals do; their size varies too.
             self.keep_alive_after = timeout * (0.2 + 0.3 * chance())

@@ -218,11 +218,18 @@ class OpenSSLRecords:
         return max(0, room - 64 * (room // 16384 + 1))
 
     def write(self, buffer: memoryview, start: int, end: int) -> None:
-        self._tls.write(buffer[start:end])
+        try:
+            self._tls.write(buffer[start:end])
+        except ssl.SSLError:
+            return  # it is broken; who reads from it will hear why
         self._tx.append(self._outgoing.read())
 
     def key_update(self, *, ask: bool) -> None:
         """TLS 1.2 has none: its clients are not healed by it, and not poisoned either."""
+
+    def renew(self) -> bool:
+        """OpenSSL counts its records itself."""
+        return False
 
     def alert(self, description: int) -> None:
         """Close; OpenSSL has said by itself what was wrong with the peer's bytes."""

@@ -19,6 +19,7 @@ import select
 import socket
 import ssl
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,9 +47,15 @@ _log = logging.getLogger("pkvpn.edge")
 _TICK = 0.25
 _COUNTS_INTERVAL = 2.0
 _FLOWS_SEEN_INTERVAL = 10.0
+_MEMORY_INTERVAL = 10.0
+
+# Of an empty ring; whole pages.
+_KEPT_MEMORY = 16384
 
 # New connections in one turn: a handshake's RSA signature takes a millisecond.
 _ACCEPTS_PER_TURN = 16
+# Steps of handshakes in one turn, for the same reason: frames wait for it.
+_HANDSHAKES_PER_TURN = 8
 # Messages of the core in one turn.
 _CONTROL_PER_TURN = 256
 _FRAMES_PER_TURN = 64
@@ -86,7 +93,7 @@ class EdgeSettings:
     max_per_address: int = 0  # 0: no limit
     login_timeout: float = 30.0  # from accept to the data phase, however busy the client is
     login_bytes: int = 262144
-    # Powers of two are not needed; a receive ring holds more than the longest request.
+    # Whole pages; a receive ring holds more than the longest request.
     receive_ring: int = 262144
     send_ring: int = 524288
 
@@ -202,6 +209,8 @@ class Edge:
         self._next_tick = self.now
         self._next_counts = self.now + _COUNTS_INTERVAL
         self._next_seen = self.now + _FLOWS_SEEN_INTERVAL
+        self._next_memory = self.now + _MEMORY_INTERVAL
+        self._reported_drops: Counter[str] = Counter()
         self._accepting = False
         self._accept = child.duty("accept")
         self._login = child.duty("login")
@@ -252,8 +261,9 @@ class Edge:
                 fcntl.fcntl(self._lock, _F_ADD_SEALS, _F_SEAL_SHRINK | _F_SEAL_GROW)
             except OSError as error:
                 _log.warning("checkpoint memory cannot be sealed: %s", error)
-            return Checkpoint.make(memoryview(mmap.mmap(self._lock, size)), *sizes)
-        memory = mmap.mmap(self._lock, size)
+            memory = self._memory = mmap.mmap(self._lock, size)
+            return Checkpoint.make(memoryview(memory), *sizes)
+        memory = self._memory = mmap.mmap(self._lock, size)
         try:
             # Its own sizes count: connections of before another setting are in it.
             return Checkpoint(memoryview(memory))
@@ -295,6 +305,9 @@ class Edge:
             sock.setblocking(False)
             if kernel.cookie(sock) != identity.cookie:
                 raise CheckpointError(f"slot {slot.index}: its descriptor is another socket")
+            # What came while nobody was there is acknowledged by a timer of 40 ms only, and a
+            # client that waits for that (Nagle) sends nothing more: say it now.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
             received, sent = kernel.positions(sock)
             peer = Peer(sock, conn, identity.accepted_at)
             peer.connection = Connection.adopt(
@@ -338,21 +351,35 @@ class Edge:
     # --- the loop ---------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Serve until asked to stop, then say goodbye to everybody."""
+        """Serve until asked to stop, then say goodbye to everybody whom no successor can serve."""
         child = self.child
         child.ready()
-        stop_at = 0.0
+        stop_at, making_way = 0.0, False
         while not stop_at or (self._peers and self.now < stop_at):
             timeout = min(child.turn(self.now), max(0.0, self._next_tick - self.now))
             events = dict(self._epoll.poll(timeout))
             self.now = time.monotonic()
             self._serve(events)
-            if child.stopping and not stop_at:
-                stop_at = self.now + _STOP_TIMEOUT
+            # Also when a stop comes while we make way: then no successor comes after all.
+            if child.stopping and (not stop_at or child.yielding != making_way):
+                stop_at, making_way = self.now + _STOP_TIMEOUT, child.yielding
+                self._accept_or_not()
                 for peer in list(self._peers.values()):
-                    self._close(peer, "service stops")
+                    if not (making_way and self._can_be_left(peer)):
+                        self._close(peer, "service stops")
             self._flush_touched()
             self._forward.done = self._turn.forwarded
+            if making_way and all(peer.given for peer in self._peers.values()):
+                return
+        for peer in list(self._peers.values()):
+            if not (making_way and peer.given and self._can_be_left(peer)):
+                self._gone(peer, "service stops")
+
+    @staticmethod
+    def _can_be_left(peer: Peer) -> bool:
+        """A successor can go on with it now, or will be able to when its handshake is done."""
+        connection = peer.connection
+        return connection is None or (connection.slot is not None and not connection.closing)
 
     def _serve(self, events: dict[int, int]) -> None:
         if self.child.fileno() in events and "reload" in self.child.receive():
@@ -362,10 +389,18 @@ class Edge:
             self._read_control()
         if self._frames.fileno() in events:
             self._read_frames()
+        shaking = []
         for fd, event in events.items():
             peer = self._by_fd.get(fd)
-            if peer is not None:
+            if peer is None:
+                continue
+            if peer.handshake is None:
                 self._ready(peer, event)
+            else:
+                shaking.append((peer, event))
+        # The others come again with the next turn.
+        for peer, event in shaking[:_HANDSHAKES_PER_TURN]:
+            self._ready(peer, event)
         for listener in self._listeners:
             if listener.fileno() in events:
                 self._accept_some(listener)
@@ -404,6 +439,10 @@ class Edge:
         elif now - self._core_read_at > _CORE_TIMEOUT and len(self._flows):
             _log.error("the core has read nothing for %d s: flows end", _CORE_TIMEOUT)
             self._flows.clear()
+        if now >= self._next_memory:
+            self._next_memory = now + _MEMORY_INTERVAL
+            self._give_back_memory()
+            self._report_drops()
         if self._backlog:
             return  # counts are cumulative, and can wait
         if now >= self._next_counts:
@@ -431,6 +470,29 @@ class Edge:
             connection.expire(now, random.random)
         except ConnectionEnds as error:
             self._close(peer, str(error))
+
+    def _give_back_memory(self) -> None:
+        """Rings that are empty keep a little; what has been touched above it is given back."""
+        for peer in self._peers.values():
+            if peer.slot is not None and peer.connection is not None:
+                for ring, at in zip(
+                    (peer.connection.rx, peer.connection.tx), peer.slot.rings_at(), strict=True
+                ):
+                    if ring.high > _KEPT_MEMORY and ring.base == ring.end:
+                        self._punch(at + _KEPT_MEMORY, ring.size - _KEPT_MEMORY)
+                        ring.high = _KEPT_MEMORY
+
+    def _punch(self, at: int, size: int) -> None:
+        try:
+            self._memory.madvise(mmap.MADV_REMOVE, at, size)
+        except OSError as error:
+            _log.warning("memory of rings is not given back: %s", error)
+
+    def _report_drops(self) -> None:
+        if self._turn.drops != self._reported_drops:
+            new = self._turn.drops - self._reported_drops
+            _log.info("dropped: %s", ", ".join(f"{count} {why}" for why, count in new.items()))
+            self._reported_drops = self._turn.drops.copy()
 
     def _report_counts(self) -> None:
         for conn, peer in self._peers.items():
@@ -846,7 +908,10 @@ class Edge:
             self._drop(peer.key)
         peer.sock.close()
         if peer.slot is not None:
+            rx_at, _ = peer.slot.rings_at()
             self._checkpoint.give_back(peer.slot)
+            # Both rings, which stand side by side.
+            self._punch(rx_at, len(peer.slot.rx_memory) + len(peer.slot.tx_memory))
 
     def _epoll_forget(self, peer: Peer) -> None:
         if self._by_fd.pop(peer.fd, None) is not None:

@@ -13,7 +13,7 @@ class Ring:
     Always: start <= end <= start + size, and base <= start.
     """
 
-    __slots__ = ("base", "end", "memory", "size", "start")
+    __slots__ = ("base", "end", "high", "memory", "size", "start")
 
     def __init__(self, memory: memoryview, start: int, end: int, base: int) -> None:
         if not base <= start <= end <= start + len(memory):
@@ -24,6 +24,9 @@ class Ring:
         self.end = end
         # The position that lies (or would lie) at the first byte of the memory.
         self.base = base
+        # How much of the memory may have been touched; for who gives it back.  What a
+        # predecessor touched is not known.
+        self.high = self.size
 
     def room(self) -> int:
         return self.size - (self.end - self.start)
@@ -35,6 +38,8 @@ class Ring:
         for new bytes where the old base says.
         """
         if self.start == self.end:
+            if self.end - self.base > self.high:
+                self.high = min(self.end - self.base, self.size)
             self.base = self.end
 
     def free(self) -> memoryview:

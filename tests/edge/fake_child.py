@@ -25,6 +25,7 @@ class FakeChild:
         self.name = "edge-1"
         self.incarnation = 1
         self.stopping = False
+        self.yielding = False
         self._held = held
         self._given = given
         self._gifts = socket.socket(fileno=gifts)
@@ -55,8 +56,8 @@ class FakeChild:
 
     def receive(self) -> list[str]:
         order = os.read(self._orders, 100).decode()
-        if order in {"stop", ""}:
-            self.stopping = True
+        if order in {"stop", "yield", ""}:
+            self.stopping, self.yielding = True, order == "yield"
         return [order]
 
     def duty(self, name: str) -> Duty:
@@ -220,9 +221,9 @@ class FakeTree:
         os.waitpid(self.pid, 0)
         self._after_death()
 
-    def stop(self) -> int:
-        """Ask the edge to stop; returns its exit code."""
-        os.write(self._orders, b"stop")
+    def stop(self, order: bytes = b"stop") -> int:
+        """Ask the edge to stop, or to "yield" to a successor; returns its exit code."""
+        os.write(self._orders, order)
         eventually(lambda: process_gone(self.pid))
         _, status = os.waitpid(self.pid, 0)
         self._after_death()

@@ -342,21 +342,52 @@ def test_key_updates_of_a_client_that_does_not_read_never_overflow_the_ring() ->
     assert client.alerts == [0]
 
 
-def test_our_own_key_is_renewed_and_the_client_is_asked_to_renew_its() -> None:
-    client = Client(World(), 1).to_blocks()
-    far = tls_records.RECORDS_PER_KEY // 65536 * 65536 + 65536 - 1
-    client.sealer.sequence = far
+def worn(client: Client) -> OwnRecords:
+    """Both directions have used their keys for long."""
     records = client.edge.records
     assert isinstance(records, OwnRecords)
-    records.opener.sequence = far
+    for direction in (client.sealer, client.opener, records.sealer, records.opener):
+        direction.sequence = tls_records.RECORDS_PER_KEY
     client.edge.save()
+    return records
+
+
+def test_worn_keys_are_renewed_once_and_the_client_is_asked_to_renew_its_own() -> None:
+    client = Client(World(), 1).to_blocks()
+    records = worn(client)
     for _ in range(3):
         client.send(batch(frame(1, 0)))
         client.turn()
     client.flush()
     client.read()
-    assert client.updates >= 1
-    assert client.asked == client.updates
+    assert (client.updates, client.asked, records.sealer.sequence) == (1, 1, 0)
+    client.unread += client.sealer.seal_key_update(ask=False)
+    client.send(batch(frame(1, 0)))
+    client.turn()
+    assert records.opener.sequence == 1
+    client.world.die()
+    client.send(batch(frame(1, 0)))
+    client.turn()
+    assert len(client.world.core) == 5
+
+
+def test_a_client_that_only_reads_gets_new_keys_too() -> None:
+    client = Client(World(), 1).to_blocks()
+    records = worn(client)
+    records.opener.sequence = client.sealer.sequence = 5
+    client.edge.expire(0.0, lambda: 0.5)
+    client.flush()
+    client.read()
+    assert (client.updates, client.asked) == (1, 0)
+
+
+def test_a_client_that_does_not_renew_its_key_is_ended() -> None:
+    client = Client(World(), 1).to_blocks()
+    records = worn(client)
+    records.opener.sequence = client.sealer.sequence = 2 * tls_records.RECORDS_PER_KEY
+    client.send(batch(frame(1, 0)))
+    with pytest.raises(ConnectionEnds, match="renew"):
+        client.turn()
 
 
 @pytest.mark.parametrize(

@@ -373,6 +373,19 @@ def test_a_killed_edge_loses_no_connection(tree: FakeTree, pair: tuple[Client, C
     a.read_to_the_end()
 
 
+def test_an_edge_that_makes_way_leaves_its_connections_to_the_next(
+    tree: FakeTree, pair: tuple[Client, Client]
+) -> None:
+    a, _ = pair
+    old = Client(tree, ssl.TLSVersion.TLSv1_2)  # nobody can go on with this one
+    assert tree.stop(b"yield") == 0
+    old.read_to_the_end()
+    assert len(tree.given) == 2
+    tree.start()
+    a.sock.sendall(batch(frame(B, A)))
+    assert tree.core.hear_frames() == (a.conn, [frame(B, A)])
+
+
 def test_what_was_sent_while_no_edge_lived_is_read_by_the_next(tree: FakeTree) -> None:
     client, idle = Client(tree).login(), Client(tree)
     data = batch(*(frame(B, A, 1000, fill) for fill in range(9)))

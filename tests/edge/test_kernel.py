@@ -1,0 +1,110 @@
+"""The formulas for how far a connection has come, against a connection whose course is known."""
+
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from pkvpn.edge import kernel
+from tests.support import eventually
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """The server's end and the client's."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client = socket.create_connection(listener.getsockname())
+        server, _ = listener.accept()
+    with client, server:
+        server.setblocking(False)
+        yield server, client
+
+
+def is_at(sock: socket.socket, received: int, sent: int) -> None:
+    eventually(lambda: kernel.positions(sock) == (received, sent), within=2.0)
+
+
+def test_positions_count_what_was_read_and_what_was_written(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    server, client = pair
+    assert kernel.positions(server) == (0, 0)
+    client.sendall(b"x" * 1000)
+    is_at(server, 0, 0)
+    eventually(lambda: server.recv(300))
+    is_at(server, 300, 0)
+    server.send(b"y" * 500)
+    assert kernel.positions(server) == (300, 500)
+    client.recv(100)
+    is_at(server, 300, 500)
+
+
+def test_what_the_other_side_does_not_read_counts_as_sent(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    server, _ = pair
+    sent = 0
+    try:
+        while True:
+            sent += server.send(bytes(100_000))
+    except BlockingIOError:
+        pass
+    assert kernel.positions(server) == (0, sent)
+
+
+def test_ends_of_either_side_do_not_count(pair: tuple[socket.socket, socket.socket]) -> None:
+    server, client = pair
+    client.sendall(b"x" * 10)
+    client.shutdown(socket.SHUT_WR)
+    is_at(server, 0, 0)  # CLOSE_WAIT, unread
+    eventually(lambda: server.recv(4))
+    is_at(server, 4, 0)
+    eventually(lambda: server.recv(100))
+    is_at(server, 10, 0)
+    server.send(b"y" * 7)
+    assert kernel.positions(server) == (10, 7)
+
+
+def test_our_own_end_does_not_count(pair: tuple[socket.socket, socket.socket]) -> None:
+    server, client = pair
+    server.send(b"y" * 7)
+    server.shutdown(socket.SHUT_WR)
+    is_at(server, 0, 7)  # FIN_WAIT
+    client.sendall(b"abc")
+    is_at(server, 0, 7)
+    eventually(lambda: server.recv(100))
+    is_at(server, 3, 7)
+
+
+def test_a_connection_that_is_gone_has_no_position(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    server, client = pair
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    client.close()
+
+    def gone() -> bool:
+        try:
+            kernel.positions(server)
+        except kernel.PositionError as error:
+            return "gone" in str(error)
+        return False
+
+    eventually(gone)
+
+
+def test_cookies_tell_sockets_apart(pair: tuple[socket.socket, socket.socket]) -> None:
+    server, client = pair
+    assert kernel.cookie(server) == kernel.cookie(server) != kernel.cookie(client)
+    with server.dup() as again:
+        assert kernel.cookie(again) == kernel.cookie(server)
+
+
+def test_unsent_bytes_of_a_channel_are_seen() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        assert kernel.unsent(ours.fileno()) == 0
+        ours.send(b"x")
+        assert kernel.unsent(ours.fileno()) > 0
+        theirs.recv(1)
+        assert kernel.unsent(ours.fileno()) == 0
