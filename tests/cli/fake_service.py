@@ -17,7 +17,7 @@ from typing import Any
 from pkvpn.watchdog import control, instance
 
 STATUS: dict[str, Any] = {
-    "state": "running",
+    "state": "up",
     "mode": "user",
     "watchdog": {"pid": os.getpid(), "uptime": 3725.0},
     "children": [

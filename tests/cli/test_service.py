@@ -78,7 +78,7 @@ def test_status_shows_each_child_and_each_listener(
     lines = capsys.readouterr().out.splitlines()
 
     assert lines[0] == (
-        f"Service: running (user mode), watchdog pid {fake.pid}, up 1h02m, sessions: 5"
+        f"Service: up (user mode), watchdog pid {fake.pid}, up 1h02m, sessions: 5"
     )
     assert lines[2].split()[:3] == ["NAME", "PID", "STATE"]
     assert lines[3].split() == (
