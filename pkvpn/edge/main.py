@@ -907,6 +907,9 @@ class Edge:
         if peer.given:
             self._drop(peer.key)
         peer.sock.close()
+        if connection is not None:
+            # Its slot will be another's: whoever still knows it must not write there.
+            connection.slot, connection.mode = None, Mode.CLOSING
         if peer.slot is not None:
             rx_at, _ = peer.slot.rings_at()
             self._checkpoint.give_back(peer.slot)

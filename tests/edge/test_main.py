@@ -266,6 +266,20 @@ def test_tls_12_works_with_records_of_openssl(tree: FakeTree) -> None:
     new.close()
 
 
+def test_memory_of_connections_that_are_gone_is_given_back(
+    tree: FakeTree, pair: tuple[Client, Client]
+) -> None:
+    a, b = pair
+    frames = [frame(B, A, 1514)] * 200
+    a.sock.sendall(batch(*frames))
+    assert b.read_frames(200) == frames
+    used = os.fstat(tree.checkpoint).st_blocks * 512
+    assert used > 50_000
+    a.close()
+    b.close()
+    eventually(lambda: os.fstat(tree.checkpoint).st_blocks * 512 < 50_000)
+
+
 def test_keep_alives_come_and_silence_ends(tree: FakeTree) -> None:
     client = Client(tree).login(timeout=1.0)
     for _ in range(2):
