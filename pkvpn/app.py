@@ -128,6 +128,7 @@ class Service:
         return self._child(
             "core", core_main, settings,
             held=("channel:core", "admin", "canary"), duties=("switch", "login", "store"),
+            keep_limit=1,  # what it was working on when it died
         )  # fmt: skip
 
     def _edge(self, index: int, name: str) -> ChildSpec:
