@@ -70,6 +70,7 @@ class Birth:
     down: int  # lifeline, read end
     gifts: int  # SEQPACKET
     stacks: int  # memfd; outlives the process
+    wake: tuple[int, int]  # a pipe into which signal handlers write; outlives the process
     log: int  # SEQPACKET, shared by the tree
     lock: int  # the instance lock: open as long as any process of the tree lives
     held: dict[str, list[int]] = field(default_factory=dict)
@@ -77,7 +78,7 @@ class Birth:
 
     def descriptors(self) -> set[int]:
         """All that the child keeps."""
-        own = {self.up, self.down, self.gifts, self.stacks, self.log, self.lock}
+        own = {self.up, self.down, self.gifts, self.stacks, self.log, self.lock, *self.wake}
         return own.union(*self.held.values(), self.given.values())
 
 
@@ -109,8 +110,9 @@ class Child:
         self._lag = 0.0
         self._next_beat = time.monotonic()
         self._asked = False  # somebody sent us TERM
+        self._passed_on = False  # and the watchdog will read of it
         self._dumped = False  # somebody sent us QUIT
-        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._wake_read, self._wake_write = birth.wake
         self._epoll = select.epoll()
         for fd in (birth.down, birth.gifts, self._wake_read):
             self._epoll.register(fd, select.EPOLLIN)
@@ -166,7 +168,10 @@ class Child:
 
     def receive(self) -> list[str]:
         """Return what was ordered since the last call ("stop", "yield", "reload"); never blocks."""
-        self._read_quietly(self._wake_read)
+        # A TERM stays in the pipe until it is passed on: if we never get there, the watchdog
+        # finds it when we are dead.
+        if self._passed_on or not self._asked:
+            self._read_quietly(self._wake_read)
         self._read_refusals()
         data = self._read_quietly(self._birth.down)
         if data == b"":  # end of file: nobody is left above us
@@ -189,7 +194,7 @@ class Child:
             duties = [(duty.done, duty.waiting_since) for duty in self._duties.values()]
             self._say(lifeline.encode_beat(self._seq, self._lag, duties))
             if self._asked and not self.stopping:  # again with each beat, until it is heard
-                self._say(lifeline.encode_said(Kind.ASKED, self._seq))
+                self._passed_on |= self._say(lifeline.encode_said(Kind.ASKED, self._seq))
             self._lag = 0.0
             self._next_beat = now + self._birth.beat_interval
         if self._dumped:
@@ -251,7 +256,9 @@ class Child:
         """Said once in a life, while the pipe has room for hundreds: a second try is enough."""
         frame = lifeline.encode_said(kind, self._seq, text)
         if not self._say(frame):
-            select.select([], [self._birth.up], [], 1.0)
+            poller = select.poll()
+            poller.register(self._birth.up, select.POLLOUT)
+            poller.poll(1000)
             self._say(frame)
 
     def _send_gift(self, message: bytes, fds: list[int]) -> bool:

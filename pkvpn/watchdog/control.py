@@ -12,7 +12,9 @@ the same user or root, nobody else.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import logging
 import os
 import selectors
 import socket
@@ -20,6 +22,8 @@ import struct
 import time
 from collections.abc import Callable
 from typing import Any
+
+_log = logging.getLogger(__name__)
 
 # One line, request or answer.  A larger request ends its connection; a larger answer is
 # replaced by an error that says so.
@@ -103,7 +107,11 @@ class ControlServer:
         self._listener.setblocking(False)
         self._selector = selector
         self._answer = answer
-        self._connections: set[_Connection] = set()
+        # In the order in which they were last heard.
+        self._connections: dict[_Connection, None] = {}
+        # Given up for a moment where no other is to be had, so that whoever waits is sent away
+        # and does not keep the loop awake.
+        self._reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         selector.register(self._listener, selectors.EVENT_READ, self)
 
     def handle(self, key: selectors.SelectorKey, mask: int) -> bool:
@@ -124,25 +132,35 @@ class ControlServer:
             self._end(connection)
         self._selector.unregister(self._listener)
         self._listener.close()
+        os.close(self._reserve)
 
     def _accept(self) -> None:
         try:
             sock, _ = self._listener.accept()
-        except OSError:
-            return  # gone again, or no descriptor left: the caller tries again
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                self._send_away()
+            return  # else it is gone again
         sock.setblocking(False)
         _, uid, _ = _PEER.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
-        if uid not in (0, os.geteuid()) or len(self._connections) >= MAX_CONNECTIONS:
-            why = "too many control connections"
-            if uid not in (0, os.geteuid()):
-                why = f"user {uid} may not control a service of user {os.geteuid()}"
+        if uid not in (0, os.geteuid()):
+            why = f"user {uid} may not control a service of user {os.geteuid()}"
             with contextlib.suppress(OSError):
                 sock.send(_line({"ok": False, "error": why}))
             sock.close()
             return
+        if len(self._connections) >= MAX_CONNECTIONS:
+            # Whoever asks now counts more than a script that forgot to hang up.
+            self._end(next(iter(self._connections)))
         connection = _Connection(sock)
-        self._connections.add(connection)
+        self._connections[connection] = None
         self._selector.register(sock, selectors.EVENT_READ, connection)
+
+    def _send_away(self) -> None:
+        os.close(self._reserve)
+        with contextlib.suppress(OSError):
+            self._listener.accept()[0].close()
+        self._reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
     def _read(self, connection: _Connection) -> bool:
         try:
@@ -154,6 +172,7 @@ class ControlServer:
         if not data:
             self._end(connection)
             return False
+        self._connections[connection] = self._connections.pop(connection)
         connection.received += data
         while (end := connection.received.find(b"\n")) >= 0:
             line = bytes(connection.received[:end])
@@ -179,6 +198,9 @@ class ControlServer:
             answer = _line({"ok": True, "result": self._answer(verb, args)})
         except ControlError as error:
             return _line({"ok": False, "error": str(error)})
+        except Exception as error:  # noqa: BLE001 - a question must not end who answers it
+            _log.exception("%s failed", verb)
+            return _line({"ok": False, "error": f"{verb} failed: {type(error).__name__}: {error}"})
         if len(answer) > MAX_LINE:
             return _line({"ok": False, "error": f"the answer to {verb} is over {MAX_LINE} bytes"})
         return answer
@@ -201,7 +223,7 @@ class ControlServer:
         self._selector.modify(connection.sock, wanted, connection)
 
     def _end(self, connection: _Connection) -> None:
-        self._connections.discard(connection)
+        del self._connections[connection]
         self._selector.unregister(connection.sock)
         connection.sock.close()
 

@@ -8,6 +8,7 @@ does not belong to close it with one call, however much it is.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import socket
@@ -18,6 +19,8 @@ from pkvpn.watchdog.spec import HeldSpec
 
 # Descriptors given by children start here; below are the watchdog's own.
 GIVEN_FLOOR = 512
+# More than lies in a gift socket at once; a child that floods it does not keep the loop.
+_BATCH = 1024
 
 
 class HeldDescriptors:
@@ -63,20 +66,24 @@ class HeldDescriptors:
 
 
 class Kept:
-    """What the incarnations of one child gave and have not dropped, at most ``limit``."""
+    """What the incarnations of one child gave and have not dropped, at most ``limit``.
 
-    def __init__(self, limit: int) -> None:
+    ``floor``: its descriptors are this number or higher; those of another child lie elsewhere.
+    """
+
+    def __init__(self, limit: int, floor: int = GIVEN_FLOOR) -> None:
         self.limit = limit
+        self._floor = floor
         self.refused = 0
         self.descriptors: dict[bytes, int] = {}
 
     def drain(self, gifts: socket.socket) -> None:
-        """Take all that lies in the child's gift socket now.
+        """Take what lies in the child's gift socket now.
 
         To be called whenever it is readable, and once more after the child's death: what it
         had sent belongs to its successor.
         """
-        while True:
+        for _ in range(_BATCH):
             try:
                 message, fds, flags, _ = socket.recv_fds(gifts, MAX_KEY + 1, 4)
             except BlockingIOError:
@@ -107,10 +114,15 @@ class Kept:
         if len(self.descriptors) >= self.limit and key not in self.descriptors:
             return f"at most {self.limit} are kept"
         try:
-            high = fcntl.fcntl(fds[0], fcntl.F_DUPFD_CLOEXEC, GIVEN_FLOOR)
+            high = fcntl.fcntl(fds[0], fcntl.F_DUPFD_CLOEXEC, self._floor)
         except OSError as error:
-            return f"cannot be kept: {error.strerror}"
-        os.close(fds[0])
+            if error.errno != errno.EINVAL:
+                return f"cannot be kept: {error.strerror}"
+            # The band lies above RLIMIT_NOFILE: then in the way of the others.
+            high = fds[0]
+            os.set_inheritable(high, False)
+        else:
+            os.close(fds[0])
         before = self.descriptors.pop(key, None)
         if before is not None:
             os.close(before)

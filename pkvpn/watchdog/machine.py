@@ -147,7 +147,7 @@ class Gather:
 
 @dataclass(frozen=True)
 class Kill:
-    """SIGKILL, to the whole group, by identity."""
+    """SIGKILL, by identity; what it had started is swept after it."""
 
 
 @dataclass(frozen=True)
@@ -234,6 +234,17 @@ class ChildMachine:
         self.state = State.UP if up else State.STARTING
         self._up_at = now if up else None
         self._deadline = None if up else now + self.spec.start_timeout
+
+    def recover(self, *, alive: bool, now: float) -> list[Command]:
+        """To be called after a bug of ours: what is there decides, not what we believed."""
+        self.why = Why.CRASH
+        if alive:
+            return self._put_to_death(Why.CRASH, False, now)
+        self.phase, self.undead = None, False
+        if not self.wanted_up:
+            return self._go_down([])
+        self.state, self._deadline = State.BACKOFF, now + self.spec.policy.cap
+        return [Announce()]
 
     # -- cells of the table, in the order of a life
 

@@ -23,24 +23,17 @@ import signal
 import socket
 import sys
 import time
-from collections import deque
+import traceback
 from collections.abc import Callable
 from typing import Any
 
 import psutil
-from multiprocess import context as multiprocess_context
 
 from pkvpn.watchdog import control, instance, machine, procfs, report, sweep, upgrade
-from pkvpn.watchdog.child import Birth, exec_child, run_child
-from pkvpn.watchdog.held import HeldDescriptors, Kept
-from pkvpn.watchdog.lifeline import (
-    FRAME_SIZE,
-    CorruptLifeline,
-    Kind,
-    LifelineDecoder,
-    Order,
-    encode_order,
-)
+from pkvpn.watchdog.child import Birth
+from pkvpn.watchdog.held import GIVEN_FLOOR, HeldDescriptors, Kept
+from pkvpn.watchdog.incarnation import ChildEnds, Incarnation
+from pkvpn.watchdog.lifeline import FRAME_SIZE, CorruptLifeline, Kind, Order
 from pkvpn.watchdog.logchild import LogPipe, LogSettings
 from pkvpn.watchdog.logchild import main as log_main
 from pkvpn.watchdog.machine import ChildMachine, State
@@ -48,12 +41,11 @@ from pkvpn.watchdog.spec import LOG_CHILD, ChildSpec, HeldSpec, TreeSpec, Upgrad
 from pkvpn.watchdog.titles import set_title
 from pkvpn.watchdog.tree import Rollover, Tree
 from pkvpn.watchdog.upgrade import Trial
-from pkvpn.watchdog.verdict import Beat, Condemn, Continue, Judge, Limits, Look, Note, Verdict
+from pkvpn.watchdog.verdict import Beat, Condemn, Continue, Look, Note, Verdict, glance
 from pkvpn.watchdog.verdict import Command as JudgeCommand
-from pkvpn.watchdog.witness import Accusation, Witness
+from pkvpn.watchdog.witness import Accusation
 
 _log = logging.getLogger(__name__)
-_fork = multiprocess_context.ForkContext()
 
 # How the tree ended, as the exit code of the watchdog.
 EXIT_OK = 0
@@ -61,124 +53,41 @@ EXIT_START_FAILED = 1
 EXIT_INTERNAL = 70  # a bug of ours (EX_SOFTWARE)
 EXIT_GAVE_UP = 75  # a child could not be kept alive, and the policy says so (EX_TEMPFAIL)
 
-# After these the memory of the child is not to be trusted: the next one starts by exec.
-WILD_SIGNALS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGABRT, signal.SIGSYS}
-
 # A process closes its lifeline some milliseconds before its pidfd says that it has ended: only
 # one that lives on for longer is mute.
 MUTE_TIMEOUT = 0.2
 
+# How long after a death what it leaves behind may still be coming to us, one SIGCHLD at a time.
+_SWEEP_PERIOD = 1.0
+# What the last look of all may take; nobody is waited for any more.
+_LAST_SWEEP = 1.0
+# Reads of one lifeline in one turn: a whole pipe, and not more, however fast a child writes.
+_READS = 16
+# Reports that operators asked for (QUIT), per child: a child cannot fill the disk with them.
+_DUMP_INTERVAL = 1.0
+# How long the new program may take to say that it would start.
+_TRIAL_TIMEOUT = 30.0
+
 _PR_SET_CHILD_SUBREAPER = 36
 _LOG_BUFFER = 1 << 20
-_MAX_STACKS = 64 * 1024
 # In which order the events of one turn are handled.
 _SIGNALS, _LIFELINES, _GIFTS, _DEATHS, _TRIAL, _CONTROL = range(6)
 
 Report = Callable[[dict[str, Any]], None]
 
 
-class Incarnation:
-    """One living process of a child, and the watchdog's ends of everything between them."""
-
-    def __init__(self, spec: ChildSpec, number: int, now: float, beat_interval: float) -> None:
-        self.number = number
-        self.spec = spec
-        self.pid = 0
-        self.pidfd = -1
-        self.process: Any = None  # multiprocess' handle; None if adopted after an upgrade
-        self.started_at = now
-        self.beats: deque[tuple[float, Beat]] = deque(maxlen=10)
-        self.said = ""
-        self.orders = 0
-        self.condemned = ""
-        self.mute_at = math.inf  # when the end of its lifeline is held against it
-        self.snapshot: dict[str, str] = {}
-        self.decoder = LifelineDecoder(len(spec.duties))
-        self.witness = Witness(spec.duties, dict(spec.accuses))
-        self._limits = Limits(
-            beat_interval=beat_interval,
-            hang_timeout=spec.hang_timeout,
-            stopped_timeout=spec.stopped_timeout,
-            deaf_timeout=spec.deaf_timeout,
-        )
-        self.judge = Judge(0, self._limits)
-        self.up = self.down = self.stacks = -1
-        self.gifts: socket.socket
-
-    def born(self, pid: int) -> None:
-        """To be called when the process exists."""
-        self.pid = pid
-        self.pidfd = os.pidfd_open(pid)
-        self.judge = Judge(pid, self._limits)
-
-    def order(self, order: Order) -> None:
-        """Tell the child; it has room for thousands of orders, or it is gone."""
-        self.orders += 1
-        with contextlib.suppress(OSError):
-            os.write(self.down, encode_order(order, self.orders))
-
-    def signal(self, number: signal.Signals) -> None:
-        """By identity: a pid that is another process by now is never hit."""
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self.pidfd, number)
-
-    def read_stacks(self) -> str:
-        return os.pread(self.stacks, _MAX_STACKS, 0).decode(errors="replace")
-
-    def descriptors(self) -> set[int]:
-        return {self.up, self.down, self.stacks, self.pidfd, self.gifts.fileno()}
-
-    def as_table(self) -> dict[str, Any]:
-        """What the next image needs to go on with this process."""
-        return {
-            "number": self.number,
-            "pid": self.pid,
-            "pidfd": self.pidfd,
-            "up": self.up,
-            "down": self.down,
-            "stacks": self.stacks,
-            "gifts": self.gifts.fileno(),
-            "started_at": self.started_at,
-            "duties": len(self.spec.duties),
-            "orders": self.orders,
-        }
-
-    @classmethod
-    def from_table(cls, spec: ChildSpec, old: dict[str, Any], beat_interval: float) -> Incarnation:
-        """Go on with a process that an image before us started.
-
-        Raises `UpgradeError` if its beats cannot be read by the new spec.
-        """
-        if old["duties"] != len(spec.duties):
-            raise upgrade.UpgradeError(
-                f"{spec.name} beats {old['duties']} duties, the new code expects {len(spec.duties)}"
-            )
-        incarnation = cls(spec, old["number"], old["started_at"], beat_interval)
-        incarnation.pid, incarnation.pidfd = old["pid"], old["pidfd"]
-        incarnation.up, incarnation.down = old["up"], old["down"]
-        incarnation.stacks, incarnation.orders = old["stacks"], old["orders"]
-        incarnation.gifts = socket.socket(fileno=old["gifts"])
-        incarnation.judge = Judge(incarnation.pid, incarnation._limits)
-        return incarnation
-
-    def close(self) -> None:
-        for fd in (self.up, self.down, self.stacks, self.pidfd):
-            with contextlib.suppress(OSError):
-                os.close(fd)
-        self.gifts.close()
-
-
 class Slot:
     """One child of the tree over all its incarnations."""
 
-    def __init__(self, spec: ChildSpec) -> None:
+    def __init__(self, spec: ChildSpec, given_floor: int) -> None:
         self.machine = ChildMachine(spec)
-        self.kept = Kept(spec.keep_limit)
+        self.kept = Kept(spec.keep_limit, given_floor)
         self.alive: Incarnation | None = None
         self.remains: Incarnation | None = None  # of the one that has just ended
         self.ended: machine.Gone | None = None
         self.usage: dict[str, float] = {}
         self.number = 0
+        self.reason = ""  # why the one before could not start, in its own words
         self.facts: psutil.Process | None = None
 
     @property
@@ -220,7 +129,10 @@ class Supervisor:
         self._trial: Trial | None = None
         self._upgrade_failed = ""
         self._rollover = Rollover([])
-        self._slots = {child.name: Slot(child) for child in self._all_children(spec)}
+        self._trial_deadline = math.inf
+        self._sweep_until = 0.0
+        self._back_at = 0.0  # when we were last away
+        self._slots = _make_slots(self._all_children(spec))
         self._tree = Tree([slot.machine for slot in self._slots.values()])
         self._by_machine = {id(slot.machine): slot for slot in self._slots.values()}
 
@@ -231,9 +143,15 @@ class Supervisor:
         if self._spec.upgrade is not None:
             self._archive = upgrade.copy_package(self._spec.upgrade.package)
         self._open_log(*_log_channel())
-        for held in self._spec.held:
-            self._held.open(held)
-        self._listen(control.listen(os.path.join(self._spec.runtime_dir, "control.sock")))
+        try:
+            for held in self._spec.held:
+                self._held.open(held)
+            self._listen(control.listen(os.path.join(self._spec.runtime_dir, "control.sock")))
+        except Exception as error:  # noqa: BLE001 - an opener is the daemon author's
+            # Nobody is there yet who could write it down.
+            self._tell({"error": str(error), "code": EXIT_START_FAILED})
+            self._give_back()
+            return EXIT_START_FAILED
         self._entry("starting", pid=os.getpid())
         return self._live()
 
@@ -264,10 +182,11 @@ class Supervisor:
         self._tree.adopt()
         for old in table["slots"]:
             self._adopt(self._slots[old["name"]], old, now)
-        self._listen(table["control"])
+        self._control_fd = table["control"]
         for fd in self._descriptors():
             os.set_inheritable(fd, False)
         upgrade.commit()
+        self._listen(table["control"])
         if self._spec.upgrade is not None and not upgrade.is_copy(self._spec.upgrade.package):
             # From here on, a failure of the next upgrade comes back to this code.
             self._previous, self._archive = (
@@ -314,39 +233,67 @@ class Supervisor:
             for key, mask in events:
                 self._handle(key, mask, now)
             asleep_at = time.monotonic()
+            if asleep_at - now > self._spec.beat_interval:
+                # Stopped or starved in the middle of a turn: first read what came meanwhile.
+                self._was_away(asleep_at - now, asleep_at)
+                timeout = 0.0
+                continue
             self._expire(asleep_at)
             timeout = self._until_next_deadline(asleep_at)
 
     def _handle(self, key: selectors.SelectorKey, mask: int, now: float) -> None:
-        if self._control.handle(key, mask):
+        if not isinstance(key.data, tuple):
+            self._contain(None, lambda: self._control.handle(key, mask), now)
             return
         priority, slot, incarnation = key.data
         if priority == _SIGNALS:
-            self._on_signals(now)
+            self._contain(None, lambda: self._on_signals(now), now)
         elif priority == _TRIAL:
-            self._end_trial()
+            self._contain(None, self._end_trial, now)
         elif incarnation is not slot.alive:
             return  # gone earlier in this very turn
         elif priority == _LIFELINES:
-            self._read_lifeline(slot, now)
+            self._contain(slot, lambda: self._read_lifeline(slot, now), now)
         elif priority == _GIFTS:
-            slot.kept.drain(incarnation.gifts)
+            self._contain(slot, lambda: incarnation.drain_gifts(slot.kept), now)
         else:
             self._on_death(slot, now)
 
+    def _contain(self, slot: Slot | None, do: Callable[[], object], now: float) -> None:
+        """Do it; a bug of ours costs one child its life at most, and never the tree."""
+        try:
+            do()
+        except Exception as error:  # noqa: BLE001 - see above
+            _log.critical("a bug of the watchdog: %s", error, exc_info=True)
+            self._entry(
+                "internal-error",
+                child=slot.name if slot is not None else None,
+                text=traceback.format_exc(limit=-5)[-2000:],
+            )
+            if slot is not None:
+                with contextlib.suppress(Exception):
+                    commands = slot.machine.recover(alive=slot.alive is not None, now=now)
+                    self._carry_out(slot, commands, now)
+
     def _expire(self, now: float) -> None:
         for slot in self._slots.values():
-            self._carry_out(slot, slot.machine.expire(now, self._lot.random()), now)
-            if slot.alive is not None and slot.alive.mute_at <= now:
-                slot.alive.mute_at = math.inf
-                self._obey_judge(slot, slot.alive.judge.mute(now), now)
-            if slot.alive is not None and slot.machine.state is State.UP:
-                self._obey_judge(slot, slot.alive.judge.expire(now), now)
-        self._advance(now)
+            self._contain(slot, lambda slot=slot: self._expire_slot(slot, now), now)  # type: ignore[misc]
+        if self._trial is not None and self._trial_deadline <= now:
+            self._trial_deadline = math.inf
+            self._trial.kill(f"has not ended within {_TRIAL_TIMEOUT:g} s")
+        self._contain(None, lambda: self._advance(now), now)
+
+    def _expire_slot(self, slot: Slot, now: float) -> None:
+        self._carry_out(slot, slot.machine.expire(now, self._lot.random()), now)
+        if slot.alive is not None and slot.alive.mute_at <= now:
+            slot.alive.mute_at = math.inf
+            self._obey_judge(slot, slot.alive.judge.mute(now), now)
+        if slot.alive is not None and slot.machine.state is State.UP:
+            self._obey_judge(slot, slot.alive.judge.expire(now), now)
 
     def _until_next_deadline(self, now: float) -> float:
         # Never longer than a second, so that time we were away for is seen as such.
-        nearest = now + 1.0
+        nearest = min(now + 1.0, self._trial_deadline)
         for slot in self._slots.values():
             deadlines = [slot.machine.next_deadline()]
             if slot.alive is not None:
@@ -370,7 +317,7 @@ class Supervisor:
         if blocked is not None:
             slot = self._by_machine[id(blocked)]
             said = slot.remains.said if slot.remains is not None else ""
-            self._fail(f"{slot.name} does not start: {said or blocked.why.value}")
+            self._fail(f"{slot.name} does not start: {said or _last_end(slot)}")
 
     def _fail(self, why: str) -> None:
         self._exit = EXIT_START_FAILED
@@ -384,25 +331,30 @@ class Supervisor:
             self._tell_machine(self._by_machine[id(child)], event, now)
 
     def _finish(self) -> None:
-        """Nobody of ours is left: end what was not ours, say so, give everything back."""
-        sweep.kill_orphans(set(), set())
+        """Nobody of ours is left: end what was not ours, give everything back."""
+        sweep.kill_orphans(set(), set(), budget=_LAST_SWEEP)
+        self._give_back()
+
+    def _give_back(self) -> None:
         self._selector.close()
         for slot in self._slots.values():
             slot.kept.close()
         self._held.close()
         os.close(self._log_write)
         for name in ("control.sock", "pid"):
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):
                 os.unlink(os.path.join(self._spec.runtime_dir, name))
 
     def _was_away(self, by: float, now: float) -> None:
         """We were stopped, starved or suspended: nobody is accused of that time."""
         away, self._away = self._away, procfs.clocks()
         suspended = self._away - away
+        self._back_at = now
         self._entry("watchdog-away", seconds=round(by, 3), suspended=round(suspended, 3))
         for slot in self._slots.values():
             slot.machine.postpone(by)
             if slot.alive is not None:
+                slot.alive.mute_at += by
                 slot.alive.judge.woke_late(by, now)
 
     # -- signals
@@ -419,6 +371,8 @@ class Supervisor:
             signal.SIGCHLD,
         ):
             signal.signal(number, lambda _number, _frame: None)
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_IGN)  # somebody else's habit is no reason to die
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
         self._selector.register(read, selectors.EVENT_READ, (_SIGNALS, None, None))
 
@@ -428,11 +382,14 @@ class Supervisor:
             self._entry("stop-asked", by="signal")
             self._stop(now)
         if signal.SIGHUP in numbers:
-            self._reload(now)
+            with contextlib.suppress(control.ControlError):  # said in the journal
+                self._reload(now)
         if signal.SIGQUIT in numbers:
             self._entry("status", status=self._status())
         if signal.SIGCHLD in numbers:
             self._reap_strangers()
+            if now < self._sweep_until:
+                self._end_orphans()
 
     def _reap_strangers(self) -> None:
         """Grandchildren whose parents are gone came to us; ours are reaped by their pidfds."""
@@ -450,11 +407,11 @@ class Supervisor:
     # -- what children say
 
     def _read_lifeline(self, slot: Slot, now: float) -> None:
-        """Take all that lies in the pipe."""
+        """Take what lies in the pipe."""
         incarnation = slot.alive
         assert incarnation is not None
         newest: Beat | None = None
-        while True:
+        for _ in range(_READS):
             try:
                 data = os.read(incarnation.up, 16 * FRAME_SIZE)
             except BlockingIOError:
@@ -468,7 +425,7 @@ class Supervisor:
             except CorruptLifeline as error:
                 incarnation.said = str(error)
                 self._selector.unregister(incarnation.up)
-                self._obey_judge(slot, incarnation.judge.corrupt(now), now)
+                self._obey_judge(slot, incarnation.judge.corrupt(now, str(error)), now)
                 return
             for frame in frames:
                 if isinstance(frame, Beat):
@@ -492,10 +449,11 @@ class Supervisor:
         elif kind is Kind.SAY:
             incarnation.said = text
             self._tell({"progress": f"{slot.name}: {text}"})
-        elif kind is Kind.ASKED:
+        elif kind is Kind.ASKED and not self._tree.stopping:
             self._entry("stop-asked", by=slot.name)
             self._stop(now)
-        elif kind is Kind.DUMPED:
+        elif kind is Kind.DUMPED and slot.machine.state is not State.STOPPING:
+            # While it is stopping it was we who asked, and the report of its death has the stacks.
             self._dump_report(slot, incarnation, now)
 
     # -- verdicts
@@ -521,13 +479,17 @@ class Supervisor:
                 self._tell_machine(slot, machine.Condemned(command.verdict.value), now)
 
     def _accuse(self, witness: Slot, accusation: Accusation, now: float) -> None:
-        """Whoever lived when the trouble began, and is up, is deaf."""
+        """Whoever lived when the trouble began, and is up, is deaf.
+
+        Unless we or the witness were away meanwhile: who asks and then sleeps hears no answer.
+        """
+        witness_since = witness.alive.started_at if witness.alive is not None else now
         for name in accusation.accused:
             slot = self._slots[name]
             alive = slot.alive
             if alive is None or slot.machine.state is not State.UP:
                 continue
-            if alive.started_at > accusation.since:
+            if max(alive.started_at, witness_since, self._back_at) > accusation.since:
                 continue
             alive.condemned = Verdict.DEAF.value
             self._entry(
@@ -542,20 +504,36 @@ class Supervisor:
     def _on_death(self, slot: Slot, now: float) -> None:
         incarnation = slot.alive
         assert incarnation is not None
-        with contextlib.suppress(KeyError):
-            self._selector.get_key(incarnation.up)
-            self._read_lifeline(slot, now)
-        slot.kept.drain(incarnation.gifts)
-        slot.ended, slot.usage = _reap(incarnation)
+        if incarnation.up in self._selector.get_map():
+            self._contain(slot, lambda: self._read_lifeline(slot, now), now)
+        self._contain(slot, lambda: incarnation.drain_gifts(slot.kept), now)
+        ended, slot.usage = incarnation.reap()
         for fd in (incarnation.up, incarnation.pidfd, incarnation.gifts):
             with contextlib.suppress(KeyError):
                 self._selector.unregister(fd)
         if slot.remains is not None:
             slot.remains.close()
-        slot.alive, slot.remains = None, incarnation
-        self._tell_machine(slot, slot.ended, now)
-        self._end_orphans()
-        self._advance(now)
+        slot.alive, slot.remains, slot.ended = None, incarnation, ended
+        self._sweep_until = now + _SWEEP_PERIOD
+        if incarnation.was_asked_to_end() and not self._tree.stopping:
+            self._entry("stop-asked", by=slot.name)
+            self._contain(None, lambda: self._stop(now), now)
+        self._contain(slot, lambda: self._after_death(slot, ended, now), now)
+        self._contain(None, self._end_orphans, now)
+        self._contain(None, lambda: self._advance(now), now)
+
+    def _after_death(self, slot: Slot, ended: machine.Gone, now: float) -> None:
+        incarnation, before = slot.remains, slot.reason
+        assert incarnation is not None
+        slot.reason = incarnation.said if ended.code else ""
+        if slot.reason and slot.reason == before and not self._tree.ready:
+            # Twice the same reason in its own words: a third time would not change it.
+            self._tell_machine(slot, machine.Dismiss(), now)
+            self._tell_machine(slot, ended, now)
+            if not self._tree.stopping:
+                self._fail(f"{slot.name} does not start: {slot.reason}")
+        else:
+            self._tell_machine(slot, ended, now)
 
     def _end_orphans(self) -> None:
         """What the dead child had started came to us; it is not to outlive it."""
@@ -580,8 +558,7 @@ class Supervisor:
             elif isinstance(command, machine.Ask) and slot.alive is not None:
                 slot.alive.order(Order.YIELD if command.yielding else Order.STOP)
             elif isinstance(command, machine.Gather) and slot.alive is not None:
-                slot.alive.snapshot = procfs.snapshot_text(slot.alive.pid)
-                slot.alive.signal(signal.SIGQUIT)
+                self._gather(slot.alive)
             elif isinstance(command, machine.Kill) and slot.alive is not None:
                 slot.alive.signal(signal.SIGKILL)
             elif isinstance(command, machine.ReportDeath):
@@ -597,17 +574,32 @@ class Supervisor:
                                 "code": EXIT_GAVE_UP})  # fmt: skip
                 self._stop(now)
 
+    @staticmethod
+    def _gather(incarnation: Incarnation) -> None:
+        """Look at it from outside, and have it write its stacks, also if it is stopped."""
+        incarnation.snapshot = procfs.snapshot_text(incarnation.pid)
+        if not incarnation.condemned:
+            incarnation.condemned = glance(procfs.read_facts(incarnation.pid)).value
+        incarnation.signal(signal.SIGQUIT)
+        incarnation.signal(signal.SIGCONT)
+
     def _spawn(self, slot: Slot, fresh: bool, now: float) -> None:
         slot.number += 1
         incarnation = Incarnation(slot.spec, slot.number, now, self._spec.beat_interval)
-        incarnation.up, up_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        down_read, incarnation.down = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        incarnation.gifts, gifts = socket.socketpair(
-            socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
-        )
-        incarnation.stacks = os.memfd_create(f"stacks-{slot.name}", os.MFD_CLOEXEC)
+        try:
+            incarnation.spawn(lambda ends: self._birth(slot, ends), fresh=fresh)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            self._entry("spawn-failed", child=slot.name, reason=reason)
+            self._tell_machine(slot, machine.SpawnFailed(reason), now)
+            return
+        slot.alive, slot.facts = incarnation, None
+        self._watch(slot, incarnation)
+        self._tell_machine(slot, machine.Spawned(incarnation.pid), now)
+
+    def _birth(self, slot: Slot, ends: ChildEnds) -> Birth:
         names = (LOG_CHILD,) if slot.name == LOG_CHILD else slot.spec.held
-        birth = Birth(
+        return Birth(
             name=slot.name,
             incarnation=slot.number,
             title=self._spec.title or self._spec.name,
@@ -618,52 +610,22 @@ class Supervisor:
             settings=slot.spec.settings,
             duties=slot.spec.duties,
             oom_score_adj=slot.spec.oom_score_adj,
-            up=up_write,
-            down=down_read,
-            gifts=gifts.fileno(),
-            stacks=incarnation.stacks,
+            up=ends.up,
+            down=ends.down,
+            gifts=ends.gifts,
+            stacks=ends.stacks,
+            wake=ends.wake,
             log=self._log_write,
             lock=self._lock.fd,
             held={name: self._held.descriptors(name) for name in names},
             given=slot.kept.descriptors,
         )
-        error = self._fork(incarnation, birth, fresh)
-        os.close(up_write)
-        os.close(down_read)
-        gifts.close()
-        if error:
-            incarnation.close()
-            self._entry("spawn-failed", child=slot.name, reason=error)
-            self._tell_machine(slot, machine.SpawnFailed(error), now)
-            return
-        slot.alive, slot.facts = incarnation, None
-        self._watch(slot, incarnation)
-        self._tell_machine(slot, machine.Spawned(incarnation.pid), now)
 
     def _watch(self, slot: Slot, incarnation: Incarnation) -> None:
         data = (slot, incarnation)
         self._selector.register(incarnation.up, selectors.EVENT_READ, (_LIFELINES, *data))
         self._selector.register(incarnation.gifts, selectors.EVENT_READ, (_GIFTS, *data))
         self._selector.register(incarnation.pidfd, selectors.EVENT_READ, (_DEATHS, *data))
-
-    def _fork(self, incarnation: Incarnation, birth: Birth, fresh: bool) -> str:
-        """Return what was wrong, or nothing.
-
-        Signals wait until the child has forgotten our handlers: one that came in between
-        would be written into our own wake-up pipe by the child.
-        """
-        run = exec_child if fresh else run_child
-        process = _fork.Process(target=run, args=(birth,), name=birth.name, daemon=False)
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        try:
-            process.start()
-            incarnation.process = process
-            incarnation.born(process.pid or 0)
-        except OSError as error:
-            return error.strerror or str(error)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, [])
-        return ""
 
     # -- what is written down
 
@@ -686,10 +648,12 @@ class Supervisor:
 
     def _dump_report(self, slot: Slot, incarnation: Incarnation, now: float) -> None:
         """An operator asked for the stacks (QUIT); the child goes on."""
+        if now - incarnation.dumped_at < _DUMP_INTERVAL:
+            return
+        incarnation.dumped_at = now
         incarnation.snapshot = procfs.snapshot_text(incarnation.pid)
         self._report(slot, incarnation, now, machine.Gone(None, None), {}, verdict="asked")
-        os.ftruncate(incarnation.stacks, 0)
-        os.lseek(incarnation.stacks, 0, os.SEEK_SET)
+        incarnation.forget_stacks()
 
     def _report(
         self,
@@ -784,7 +748,7 @@ class Supervisor:
             except Exception as error:
                 # Whatever is wrong with what is new, what is old goes on.
                 self._entry("reload-refused", reason=str(error))
-                raise control.ControlError(f"reload refused, nothing changed: {error}") from error
+                raise control.ControlError(f"reload refused: {error}") from error
         for slot in self._slots.values():
             if slot.name not in replaced and slot.alive is not None:
                 slot.alive.order(Order.RELOAD)
@@ -798,7 +762,13 @@ class Supervisor:
             raise control.ControlError(
                 "other children than now take a restart: " + ", ".join(names)
             )
-        changed = {held.name for held in spec.held if self._held.open(held)}
+        changed, refused = set(), []
+        for held in spec.held:
+            try:
+                if self._held.open(held):
+                    changed.add(held.name)
+            except Exception as error:  # noqa: BLE001 - an opener is the daemon author's
+                refused.append(f"{held.name} stays what it was: {error}")
         self._held.keep_only({LOG_CHILD, *(held.name for held in spec.held)})
         self._spec = spec
         replaced = []
@@ -809,6 +779,8 @@ class Supervisor:
                 slot.kept.limit = child.keep_limit
                 self._tell_machine(slot, machine.Replace(), now)
                 replaced.append(child.name)
+        if refused:
+            raise control.ControlError("; ".join([*refused, f"replaced: {replaced}"]))
         return replaced
 
     # -- going over to new code
@@ -820,12 +792,13 @@ class Supervisor:
             raise control.ControlError("this tree does not know how to upgrade itself")
         if self._trial is not None or not self._rollover.done:
             raise control.ControlError("an upgrade is under way")
-        if self._state() != "running":
-            raise control.ControlError(f"the service is {self._state()}, not running")
+        if self._state() != State.UP.value:
+            raise control.ControlError(f"the service is {self._state()}, not up")
         try:
             self._trial = Trial(plan.trial)
         except OSError as error:
             raise control.ControlError(f"the new code cannot be tried: {error}") from error
+        self._trial_deadline = time.monotonic() + _TRIAL_TIMEOUT
         self._selector.register(self._trial.pidfd, selectors.EVENT_READ, (_TRIAL, None, None))
         self._entry("upgrade-trial", command=list(plan.trial))
         return {"trying": True, "image": self._image, "pid": os.getpid()}
@@ -835,7 +808,7 @@ class Supervisor:
         assert trial is not None
         assert plan is not None
         self._selector.unregister(trial.pidfd)
-        self._trial = None
+        self._trial, self._trial_deadline = None, math.inf
         self._upgrade_failed = trial.end()
         if self._upgrade_failed or self._tree.stopping:
             self._entry("upgrade-refused", reason=self._upgrade_failed or "stopping")
@@ -939,12 +912,14 @@ class Supervisor:
         return f"failed: {self._upgrade_failed}" if self._upgrade_failed else "none"
 
     def _state(self) -> str:
+        """Where the tree is, in the words for a child: that of the child that is worst off."""
         if self._tree.stopping:
-            return "stopping"
+            return State.STOPPING.value
         if not self._tree.ready:
-            return "starting"
-        up = all(slot.machine.state is State.UP for slot in self._slots.values())
-        return "running" if up else "degraded"
+            return State.STARTING.value
+        found = {one.machine.state for one in self._slots.values() if not _is_over(one.machine)}
+        worst = (State.FAILED, State.FAILING, State.BACKOFF, State.STOPPING, State.STARTING)
+        return next((state.value for state in worst if state in found), State.UP.value)
 
     def _child_status(self, slot: Slot, now: float) -> dict[str, Any]:
         alive = slot.alive
@@ -1008,6 +983,30 @@ class Supervisor:
 # --- pieces of the shell that need no supervisor ------------------------------------------
 
 
+def _make_slots(children: list[ChildSpec]) -> dict[str, Slot]:
+    """Each child with a band of numbers for what it gives, so that the others close it at once."""
+    slots, floor = {}, GIVEN_FLOOR
+    for child in children:
+        slots[child.name] = Slot(child, floor)
+        floor += child.keep_limit
+    return slots
+
+
+def _is_over(child: ChildMachine) -> bool:
+    """Down as its spec has it: it is not to come back."""
+    return child.state is State.DOWN and not child.wanted_up
+
+
+def _last_end(slot: Slot) -> str:
+    """How the last incarnation ended, for somebody who waits for the start."""
+    ended = slot.ended
+    if ended is None or slot.machine.why is not machine.Why.CRASH:
+        return slot.machine.why.value
+    if ended.signal is not None:
+        return f"killed by signal {ended.signal}"
+    return f"ended with exit code {ended.code}"
+
+
 def run_tree(
     spec: TreeSpec,
     *,
@@ -1022,6 +1021,8 @@ def run_tree(
     {"ready": True, ...}, {"error": text, "code": n} or {"already": pid}.
     ``resume_fd``: the table of the image before an upgrade.
     """
+    _fill_standard_streams()
+    _raise_descriptor_limit()
     set_title(spec.title or spec.name, spec.comm or spec.name)
     if resume_fd is not None:
         table = upgrade.read_table(resume_fd)
@@ -1029,7 +1030,11 @@ def run_tree(
         lock = instance.InstanceLock.adopt(table["lock"], lock_path)
         supervisor = Supervisor(spec, lock=lock, tell=tell, on_reload=on_reload, status=status)
         return supervisor.resume(table)
-    taken = _take_over(spec, tell)
+    try:
+        taken = _take_over(spec, tell)
+    except (instance.InstanceError, OSError) as error:
+        tell({"error": str(error), "code": EXIT_START_FAILED})
+        return EXIT_START_FAILED
     if isinstance(taken, int):
         return taken
     _raise_priority(spec.nice)
@@ -1049,6 +1054,8 @@ def _take_over(spec: TreeSpec, tell: Report) -> instance.InstanceLock | int:
     """The lock of the instance, or the exit code if it cannot be had."""
     for directory in (spec.runtime_dir, spec.state_dir):
         instance.prepare_directory(directory)
+        if not os.access(directory, os.W_OK | os.X_OK):
+            raise instance.InstanceError(f"{directory} cannot be written to")
     left: list[str] = []
     lock = sweep.take_over(spec.runtime_dir, left.append)
     if lock is not None:
@@ -1077,6 +1084,22 @@ def _log_channel() -> tuple[int, int]:
     return read.detach(), write.detach()
 
 
+def _fill_standard_streams() -> None:
+    """No pipe of ours is to get a number into which somebody prints."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+
+
+def _raise_descriptor_limit() -> None:
+    """All that the children give lies here; what we may have, we take."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def _adopt_orphans() -> None:
     """Become the parent of whatever our children leave behind."""
     import ctypes
@@ -1088,33 +1111,3 @@ def _raise_priority(nice: int) -> None:
     if nice:
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, 0, nice)
-
-
-def _reap(incarnation: Incarnation) -> tuple[machine.Gone, dict[str, float]]:
-    """Take the exit status and what the process used; its pidfd says that it has ended."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    status: int | None
-    if incarnation.process is not None:
-        incarnation.process.join()
-        status = incarnation.process.exitcode
-        incarnation.process.close()
-        incarnation.process = None
-    else:
-        try:
-            status = os.waitstatus_to_exitcode(os.waitpid(incarnation.pid, 0)[1])
-        except ChildProcessError:
-            status = None  # somebody else took it; that it has ended is certain
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    usage = {
-        "user_s": round(after.ru_utime - before.ru_utime, 6),
-        "system_s": round(after.ru_stime - before.ru_stime, 6),
-        "minor_faults": after.ru_minflt - before.ru_minflt,
-        "major_faults": after.ru_majflt - before.ru_majflt,
-        "voluntary_switches": after.ru_nvcsw - before.ru_nvcsw,
-        "involuntary_switches": after.ru_nivcsw - before.ru_nivcsw,
-    }
-    if status is None:
-        return machine.Gone(None, None), usage
-    if status < 0:
-        return machine.Gone(None, -status, wild=-status in WILD_SIGNALS), usage
-    return machine.Gone(status, None), usage

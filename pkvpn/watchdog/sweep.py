@@ -23,9 +23,6 @@ __all__ = ["KillResult", "kill_orphans", "kill_tree", "sweep_leftovers", "take_o
 # A process that forks while it is being killed leaves one more: look again, but not for ever.
 _ROUNDS = 10
 
-# `kill_orphans` runs in the watchdog's loop, so it waits less than a beat in all.
-_ORPHANS_BUDGET = 0.1
-
 
 @dataclass
 class KillResult:
@@ -279,17 +276,19 @@ def take_over(
     return lock
 
 
-def kill_orphans(watchdog_children: set[int], spared_inodes: set[int]) -> list[int]:
+def kill_orphans(
+    watchdog_children: set[int], spared_inodes: set[int], budget: float = 0.0
+) -> list[int]:
     """Kill what dead children left; to be called by the watchdog, a subreaper.
 
     ``watchdog_children``: pids of the table.  ``spared_inodes``: of the lifelines of the living
     incarnations; who has one open belongs to a living child although its parent is gone.  What
     cannot be looked into is spared as long as any incarnation lives.  Returns the pids killed;
-    reaping them is the caller's.  Waits 0.1 s at most: what a dying process leaves comes to us
-    only when it is gone.
+    reaping them is the caller's.  What a dying process leaves comes to us only when it is gone:
+    waits ``budget`` seconds at most for that, or is to be called again at the next SIGCHLD.
     """
     me = os.getpid()
-    deadline = time.monotonic() + _ORPHANS_BUDGET
+    deadline = time.monotonic() + budget
     result = KillResult()
     for _ in range(_ROUNDS):
         targets = []

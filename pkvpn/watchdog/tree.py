@@ -72,6 +72,8 @@ class Tree:
     def _next_to_stop(self) -> list[tuple[ChildMachine, Event]]:
         for machine in reversed(self._machines):
             if machine.state is State.STOPPING:
+                if machine.undead:
+                    continue  # in the kernel's hands; the others need not wait for it
                 return []
             if machine.state not in _OVER:
                 return [(machine, Stop())]

@@ -18,6 +18,7 @@ libraries incompatibly is found by the trial, not undone by the copy.
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
@@ -26,6 +27,7 @@ import sys
 import zipfile
 from typing import Any, NoReturn
 
+from pkvpn.watchdog.child import set_death_signal
 from pkvpn.watchdog.spec import Upgrade
 
 # Of the table that goes from one image to the next.  An image that does not know it refuses,
@@ -67,14 +69,25 @@ class Trial:
     def __init__(self, command: tuple[str, ...]) -> None:
         self._said = os.memfd_create("trial", os.MFD_CLOEXEC)
         try:
+            # It does not outlive us either.
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=self._said, stderr=self._said
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=self._said,
+                stderr=self._said,
+                preexec_fn=functools.partial(set_death_signal, os.getpid()),  # noqa: PLW1509 - single-threaded
             )
         except OSError:
             os.close(self._said)
             raise
         self.pid = self._process.pid
+        self._killed_for = ""
         self.pidfd = os.pidfd_open(self.pid)
+
+    def kill(self, why: str) -> None:
+        """To be called when it takes too long; `end` says so."""
+        self._killed_for = why
+        self._process.kill()
 
     def end(self) -> str:
         """To be called when it has ended; returns why not, or nothing."""
@@ -82,6 +95,8 @@ class Trial:
         said = os.pread(self._said, 4096, max(0, os.fstat(self._said).st_size - 2000))
         os.close(self.pidfd)
         os.close(self._said)
+        if self._killed_for:
+            return f"the new code {self._killed_for}"
         if code == 0:
             return ""
         return f"the new code ended with {code}: {said.decode(errors='replace').strip()}"

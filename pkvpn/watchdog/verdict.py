@@ -42,6 +42,7 @@ __all__ = [
     "Look",
     "Note",
     "Verdict",
+    "glance",
 ]
 
 
@@ -499,6 +500,15 @@ _EXCUSES = {
     Verdict.STOPPED: "somebody stopped it",
     Verdict.DUMPING: "its core is being dumped",
 }
+
+
+def glance(facts: Facts | None) -> Verdict:
+    """What a child looks like at one moment: for a report about one that missed a deadline of
+    its start or its stop, where nobody had compared two samples."""
+    excuse = _excuse(facts)
+    if excuse is not None:
+        return excuse
+    return Verdict.BUSY if facts is not None and facts.state == "R" else Verdict.BLOCKED
 
 
 def _excuse(facts: Facts | None) -> Verdict | None:

@@ -217,7 +217,7 @@ while len(procfs.descendants(me)) < 6:
     time.sleep(0.002)
 everything = procfs.descendants(me)
 holding = [pid for pid in everything if os.fstat(write).st_ino in (procfs.open_inodes(pid) or ())]
-killed = sweep.kill_orphans({table}, {os.fstat(write).st_ino} if spare else set())
+killed = sweep.kill_orphans({table}, {os.fstat(write).st_ino} if spare else set(), 1.0)
 alive = [pid for pid in everything if not procfs.is_zombie(pid) and procfs.read_facts(pid)]
 print(json.dumps([table, holding, everything, killed, alive]), flush=True)
 for pid in alive:

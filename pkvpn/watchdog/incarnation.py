@@ -1,0 +1,254 @@
+"""One living process of a child, from the fork to the reaping, and what lies between us and it.
+
+Strategy: everything a process needs is opened before the fork and owned by one object, so that
+an attempt that fails half way (no descriptors, no memory, no process) leaves nothing behind.
+Signals go through the pidfd, never through a number; the end of the process is asked of the
+kernel without waiting, even where a tracer keeps the status to itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import resource
+import signal
+import socket
+from collections import deque
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from multiprocess import context as multiprocess_context
+
+from pkvpn.watchdog import machine, upgrade
+from pkvpn.watchdog.child import Birth, exec_child, run_child
+from pkvpn.watchdog.held import Kept
+from pkvpn.watchdog.lifeline import LifelineDecoder, Order, encode_order
+from pkvpn.watchdog.spec import ChildSpec
+from pkvpn.watchdog.verdict import Beat, Judge, Limits
+from pkvpn.watchdog.witness import Witness
+
+_fork = multiprocess_context.ForkContext()
+
+# After these the memory of the child is not to be trusted: the next one starts by exec.
+WILD_SIGNALS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGABRT, signal.SIGSYS}
+_END_SIGNALS = {signal.SIGTERM, signal.SIGINT}
+
+_MAX_STACKS = 64 * 1024
+
+
+class ChildEnds(NamedTuple):
+    """What of the things between the two belongs to the child."""
+
+    up: int
+    down: int
+    gifts: int
+    stacks: int
+    wake: tuple[int, int]
+
+
+class Incarnation:
+    """Knows one process of a child: what it said, what it is accused of, how to reach it."""
+
+    def __init__(self, spec: ChildSpec, number: int, now: float, beat_interval: float) -> None:
+        self.number = number
+        self.spec = spec
+        self.pid = 0
+        self.pidfd = -1
+        self.process: Any = None  # multiprocess' handle; None if adopted after an upgrade
+        self.started_at = now
+        self.beats: deque[tuple[float, Beat]] = deque(maxlen=10)
+        self.said = ""
+        self.orders = 0
+        self.condemned = ""
+        self.mute_at = math.inf  # when the end of its lifeline is held against it
+        self.dumped_at = -math.inf
+        self.snapshot: dict[str, str] = {}
+        self.decoder = LifelineDecoder(len(spec.duties))
+        self.witness = Witness(spec.duties, dict(spec.accuses))
+        self._limits = Limits(
+            beat_interval=beat_interval,
+            hang_timeout=spec.hang_timeout,
+            stopped_timeout=spec.stopped_timeout,
+            deaf_timeout=spec.deaf_timeout,
+            duty_names=spec.duties,
+        )
+        self.judge = Judge(0, self._limits)
+        # Our ends.  ``wake`` is the child's own: what its signal handlers wrote and its loop
+        # has not read yet, for us to read when it cannot any more.
+        self.up = self.down = self.stacks = self.wake = self.gifts = -1
+        self._gifts: socket.socket | None = None
+
+    def spawn(self, birth: Callable[[ChildEnds], Birth], *, fresh: bool) -> None:
+        """Make the process; ``fresh``: by exec.  Raises `OSError`; then nothing is left of it."""
+        theirs: list[int] = []
+        try:
+            self.up, up = _pipe(theirs, keep=0)
+            self.down, down = _pipe(theirs, keep=1)
+            self.wake, wake_write = _pipe(theirs, keep=0)
+            gifts, our_gifts = socket.socketpair(
+                socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+            )
+            theirs.append(gifts.detach())
+            self.gifts = our_gifts.detach()
+            self.stacks = os.memfd_create(f"stacks-{self.spec.name}", os.MFD_CLOEXEC)
+            ends = ChildEnds(up, down, theirs[-1], self.stacks, (self.wake, wake_write))
+            self._fork(birth(ends), fresh)
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            for fd in theirs:
+                os.close(fd)
+        self.judge = Judge(self.pid, self._limits)
+
+    def _fork(self, birth: Birth, fresh: bool) -> None:
+        """Signals wait until the child has forgotten our handlers: one that came in between
+        would be written into our own wake-up pipe by the child."""
+        run = exec_child if fresh else run_child
+        process = _fork.Process(target=run, args=(birth,), name=birth.name, daemon=False)
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            process.start()
+            self.pid = process.pid or 0
+            try:
+                self.pidfd = os.pidfd_open(self.pid)
+            except OSError:
+                process.kill()  # not reaped yet, so the number is still its own
+                process.join()
+                process.close()
+                raise
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, [])
+        self.process = process
+
+    def order(self, order: Order) -> None:
+        """Tell the child; it has room for thousands of orders, or it is gone."""
+        self.orders += 1
+        with contextlib.suppress(OSError):
+            os.write(self.down, encode_order(order, self.orders))
+
+    def signal(self, number: signal.Signals) -> None:
+        """By identity: a pid that is another process by now is never hit."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, number)
+
+    def drain_gifts(self, kept: Kept) -> None:
+        """Take what it gave and dropped; once more after its death."""
+        if self._gifts is None:
+            # Not before it is needed: an image that fails to resume must not close it.
+            self._gifts = socket.socket(fileno=self.gifts)
+        kept.drain(self._gifts)
+
+    def read_stacks(self) -> str:
+        return os.pread(self.stacks, _MAX_STACKS, 0).decode(errors="replace")
+
+    def forget_stacks(self) -> None:
+        """Make room for the next: both ends share one position."""
+        os.ftruncate(self.stacks, 0)
+        os.lseek(self.stacks, 0, os.SEEK_SET)
+
+    def was_asked_to_end(self) -> bool:
+        """Whether it got a TERM that it could not pass on any more.
+
+        To be called when it is dead: before, it reads for itself.
+        """
+        try:
+            return bool(_END_SIGNALS.intersection(os.read(self.wake, 4096)))
+        except OSError:
+            return False
+
+    def reap(self) -> tuple[machine.Gone, dict[str, float]]:
+        """Take the exit status and what it used; to be called when the pidfd says it has ended.
+
+        Never waits: a tracer may keep the status for as long as it likes, and then it is not
+        known.  (Two that die in one turn may be reaped by one call of multiprocess' own; then
+        what the second has used is missing in its report.)
+        """
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        status = self._reap()
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        usage = {
+            "user_s": round(after.ru_utime - before.ru_utime, 6),
+            "system_s": round(after.ru_stime - before.ru_stime, 6),
+            "minor_faults": after.ru_minflt - before.ru_minflt,
+            "major_faults": after.ru_majflt - before.ru_majflt,
+            "voluntary_switches": after.ru_nvcsw - before.ru_nvcsw,
+            "involuntary_switches": after.ru_nivcsw - before.ru_nivcsw,
+        }
+        if status is None:
+            return machine.Gone(None, None), usage
+        if status < 0:
+            return machine.Gone(None, -status, wild=-status in WILD_SIGNALS), usage
+        return machine.Gone(status, None), usage
+
+    def _reap(self) -> int | None:
+        if self.process is not None:
+            self.process.join(timeout=0)
+            status: int | None = self.process.exitcode
+            if status is not None:
+                self.process.close()
+            self.process = None
+            return status
+        try:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+        except ChildProcessError:
+            return None  # somebody else took it; that it has ended is certain
+        return os.waitstatus_to_exitcode(status) if pid else None
+
+    # -- going over to the next image
+
+    def descriptors(self) -> set[int]:
+        return {self.up, self.down, self.wake, self.stacks, self.pidfd, self.gifts}
+
+    def as_table(self) -> dict[str, Any]:
+        """What the next image needs to go on with this process."""
+        return {
+            "number": self.number,
+            "pid": self.pid,
+            "pidfd": self.pidfd,
+            "up": self.up,
+            "down": self.down,
+            "wake": self.wake,
+            "stacks": self.stacks,
+            "gifts": self.gifts,
+            "started_at": self.started_at,
+            "duties": len(self.spec.duties),
+            "orders": self.orders,
+        }
+
+    @classmethod
+    def from_table(cls, spec: ChildSpec, old: dict[str, Any], beat_interval: float) -> Incarnation:
+        """Go on with a process that an image before us started.
+
+        Raises `UpgradeError` if its beats cannot be read by the new spec.
+        """
+        if old["duties"] != len(spec.duties):
+            raise upgrade.UpgradeError(
+                f"{spec.name} beats {old['duties']} duties, the new code expects {len(spec.duties)}"
+            )
+        incarnation = cls(spec, old["number"], old["started_at"], beat_interval)
+        incarnation.pid, incarnation.pidfd = old["pid"], old["pidfd"]
+        incarnation.up, incarnation.down = old["up"], old["down"]
+        incarnation.wake, incarnation.stacks = old["wake"], old["stacks"]
+        incarnation.gifts, incarnation.orders = old["gifts"], old["orders"]
+        incarnation.judge = Judge(incarnation.pid, incarnation._limits)
+        return incarnation
+
+    def close(self) -> None:
+        if self._gifts is not None:
+            self._gifts.detach()
+        for fd in self.descriptors() - {-1}:
+            with contextlib.suppress(OSError):
+                os.close(fd)
+        self.up = self.down = self.wake = self.stacks = self.pidfd = self.gifts = -1
+
+
+def _pipe(theirs: list[int], *, keep: int) -> tuple[int, int]:
+    """A pipe as (the end we keep, the other); the other is noted in ``theirs``.
+
+    ``keep``: 0 the end to read from, 1 the end to write to.
+    """
+    ends = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    theirs.append(ends[1 - keep])
+    return ends[keep], ends[1 - keep]
