@@ -1,21 +1,19 @@
 """The servers under test: ours and SoftEther's own, started the same way, in a laboratory.
 
-Strategy: pids are asked for once, before anything is measured; a kill is then one system call of
-the measuring process.  Both may stand in a named network namespace; each has directories of its
-own.  Hub `T` with the users `u1` to `uN`, passwords `pw1` to `pwN`, is on both.
+Strategy: pids are asked for before anything is measured, so a kill is one system call of the
+measuring process.  Both may stand on a host of a bed; each has directories of its own.  Hub `T`
+with the users `u1` to `uN`, passwords `pw1` to `pwN`, is on both.
 """
 
 from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import time
 from abc import ABC, abstractmethod
 from pathlib import Path
 
 from benchmarks.common import (
-    ROOT,
     all_pids,
     children,
     command_line,
@@ -23,7 +21,7 @@ from benchmarks.common import (
     parent,
     wait_until,
 )
-from pkvpn.watchdog.control import ask
+from tests.system.bed import Host, Service
 
 HUB = "T"
 STOCK_SERVER = "/usr/libexec/softether/vpnserver/vpnserver"
@@ -40,11 +38,6 @@ def private_mounts() -> str:
     return "set -e\n" + "".join(
         f"mkdir -p {path}; mount -t tmpfs none {path}\n" for path in PRIVATE
     )
-
-
-def in_namespace(namespace: str | None) -> list[str]:
-    """Words in front of a command that is to run in a network namespace."""
-    return [] if namespace is None else ["nsenter", f"--net=/run/netns/{namespace}"]
 
 
 class Server(ABC):
@@ -83,50 +76,27 @@ class Ours(Server):
         self,
         directory: Path,
         *,
-        namespace: str | None = None,
+        host: Host | None = None,
         listen: tuple[str, ...] = ("127.0.0.1:443",),
         extra: str = "",
     ) -> None:
         """``extra``: more sections of the configuration, TOML."""
         self.name = "pkvpn"
-        self._namespace = namespace
-        self._directory = directory / "pkvpn"
-        self._directory.mkdir(mode=0o755)
-        self._config = self._directory / "config.toml"
-        self._runtime = self._directory / "run"
         addresses = ", ".join(f'"{address}"' for address in listen)
-        self._config.write_text(
-            f"[service]\nlisten = [{addresses}]\n"
-            f'state_dir = "{self._directory}/state"\nruntime_dir = "{self._runtime}"\n\n{extra}',
-            encoding="utf-8",
-        )
-
-    def cli(self, *words: str, feed: str = "", timeout: float = 60.0) -> str:
-        """Run one verb; what it printed."""
-        command = [*in_namespace(self._namespace), sys.executable, "-m", "pkvpn"]
-        command += ["--config", str(self._config), *words]
-        done = subprocess.run(
-            command, cwd=ROOT, input=feed, capture_output=True, text=True, timeout=timeout
-        )
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(words)}: {done.stdout}{done.stderr}".strip())
-        return done.stdout
+        config = f"listen = [{addresses}]\n\n{extra}"
+        self.service = Service(directory / "pkvpn", config, host)
 
     def start(self, users: int = 2) -> float:
         at = time.monotonic()
-        self.cli("start")
+        self.service.cli("start")
         took = time.monotonic() - at
-        admin = str(self._runtime / "admin.sock")
-        if HUB not in {hub["name"] for hub in ask(admin, "hub.list")}:
-            ask(admin, "hub.add", {"name": HUB})
-            for number in range(1, users + 1):
-                user = {"hub": HUB, "name": f"u{number}", "password": f"pw{number}"}
-                ask(admin, "user.add", {**user, "auth": "password"})
+        if HUB not in {hub["name"] for hub in self.service.ask("hub.list")}:
+            self.service.add_hub(HUB, **{f"u{i}": f"pw{i}" for i in range(1, users + 1)})
         return took
 
     def stop(self) -> float:
         at = time.monotonic()
-        self.cli("stop")
+        self.service.cli("stop")
         return time.monotonic() - at
 
     def pids(self) -> list[int]:
@@ -135,23 +105,17 @@ class Ours(Server):
 
     def named_pids(self) -> dict[str, int]:
         """Name of a child, or "watchdog", -> its pid at this moment."""
-        status = ask(str(self._runtime / "control.sock"), "status")
+        status = self.service.watchdog("status")
         found = {"watchdog": int(status["watchdog"]["pid"])}
         return found | {c["name"]: int(c["pid"]) for c in status["children"] if c["pid"]}
 
     def restarts(self) -> dict[str, int]:
         """Name of a child -> how often it was started again."""
-        status = ask(str(self._runtime / "control.sock"), "status")
-        return {c["name"]: int(c["restarts"]) for c in status["children"]}
+        return {name: int(one["restarts"]) for name, one in self.service.children().items()}
 
-    def ask(self, verb: str, timeout: float = 60.0, **args: object) -> object:
-        """Ask the watchdog, without a program start in between."""
-        return ask(str(self._runtime / "control.sock"), verb, args, timeout=timeout)
-
-    @property
-    def log(self) -> Path:
-        """Its log, for when something goes wrong."""
-        return self._directory / "state" / "pkvpn.log"
+    def settled(self) -> bool:
+        """Are all children up?"""
+        return all(one["state"] == "up" for one in self.service.children().values())
 
 
 class SoftEther(Server):
@@ -161,13 +125,13 @@ class SoftEther(Server):
         self,
         directory: Path,
         *,
-        namespace: str | None = None,
+        host: Host | None = None,
         udp_acceleration: bool = True,
         ready: str = "",
     ) -> None:
         """``ready``: further lines for its administration program."""
         self.name = "SoftEther" if udp_acceleration else "SoftEther, TCP only"
-        self._namespace = namespace
+        self._host = host
         self._directory = directory / f"softether-{int(udp_acceleration)}"
         self._directory.mkdir()
         self._extra = ready if udp_acceleration else (
@@ -196,8 +160,9 @@ class SoftEther(Server):
             # The shell keeps the mounts in sight until its input ends.
             f"touch {ready}\nread line || true\n{STOCK_SERVER} stop </dev/null >/dev/null\n"
         )
-        command = [*in_namespace(self._namespace), "unshare", "--mount"]
-        command += ["--propagation", "private", "sh", "-c", script]
+        command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", script]
+        if self._host is not None:
+            command = self._host.beside(*command)
         self._holder = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )

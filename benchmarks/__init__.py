@@ -1,0 +1,1 @@
+"""Programs that measure pkvpn, beside SoftEther and other supervisors; see README.md."""
