@@ -207,6 +207,11 @@ class ChildMachine:
         self._fresh = False  # the next incarnation starts by exec
         self._yielding = False  # asked to make way for a successor
 
+    def take_spec(self, spec: ChildSpec) -> None:
+        """To be called when the daemon's author wants it otherwise from now on."""
+        self.spec = spec
+        self.counter.policy = spec.policy
+
     # -- the three calls (style.md): what happened, when to wake, the time has come
 
     def receive(self, event: Event, now: float, lot: float = 0.5) -> list[Command]:

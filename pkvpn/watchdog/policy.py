@@ -46,7 +46,7 @@ class RestartCounter:
     """Knows how often one child died young, and decides how long it stays down."""
 
     def __init__(self, policy: RestartPolicy) -> None:
-        self._policy = policy
+        self.policy = policy
         self._in_a_row = 0
         self._young: deque[float] = deque()
 
@@ -57,7 +57,7 @@ class RestartCounter:
         in a way that smells of broken memory, so it does not come back at once.  ``lot``: a
         random number in [0, 1).
         """
-        policy = self._policy
+        policy = self.policy
         if up_for >= policy.healthy_after:
             self.reset()
             if not wild:

@@ -775,7 +775,7 @@ class Supervisor:
         for child in self._all_children(spec):
             slot = self._slots[child.name]
             if child != slot.spec or changed.intersection(child.held):
-                slot.machine.spec = child
+                slot.machine.take_spec(child)
                 slot.kept.limit = child.keep_limit
                 self._tell_machine(slot, machine.Replace(), now)
                 replaced.append(child.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -372,6 +373,15 @@ def test_time_the_watchdog_was_away_is_not_held_against_the_child() -> None:
     machine.postpone(3.0)
     assert machine.expire(12.9) == []
     assert machine.expire(13.0) == [Gather(), A]
+
+
+def test_a_new_spec_holds_for_the_next_death() -> None:
+    machine = up()
+    slow = RestartPolicy(first=4.0, jitter=0.0, healthy_after=3600.0)
+    machine.take_spec(dataclasses.replace(spec(), policy=slow))
+
+    told(machine, (CRASH, 10.0), (Spawned(8), 10.0), (Ready(), 10.0), (CRASH, 100.0))
+    assert (machine.state, machine.next_deadline()) == (State.BACKOFF, 104.0)
 
 
 class LifeOfAChild(RuleBasedStateMachine):
