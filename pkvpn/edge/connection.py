@@ -17,6 +17,7 @@ The path of a frame: `receive`, `OwnRecords.open_all`, `_blocks`, `_run_ends`, `
 destination stay one slice of the scratch memory, with the batch headers that came with them.
 """
 
+import functools
 import struct
 from bisect import bisect_right
 from collections import Counter
@@ -57,6 +58,13 @@ from pkvpn.protocol.http import MAX_HEAD, RequestCutter
 U32 = struct.Struct("!I")
 # The beginning of a block: 4 size, 6 destination, 6 source; read and compared in one piece.
 _HEAD = struct.Struct("!16s")
+
+
+@functools.cache
+def _stride(step: int) -> struct.Struct:
+    """Blocks of one size, each ``step`` bytes with its head; there are MAX_FRAME sizes."""
+    return struct.Struct(f"!16s{step - 16}x")
+
 
 # Kept free in the send ring for what must always fit: keep-alive, KeyUpdates, alert.
 _RESERVE = 1024
@@ -177,11 +185,16 @@ class OwnRecords:
         rx = self.rx
         opener = self.opener
         position, end = rx.start, rx.end
+        memory, size_of_ring, base = rx.memory, rx.size, rx.base
         begin = at + self.skip
         starts = self._starts = []
         marks = self._marks = []
         while end - position >= HEADER_SIZE and not self.peer_closed:
-            size = record_size(rx.view(position, HEADER_SIZE))
+            offset = (position - base) % size_of_ring
+            if offset + HEADER_SIZE <= size_of_ring:
+                size = record_size(memory, offset)
+            else:
+                size = record_size(rx.view(position, HEADER_SIZE))
             if size > end - position:
                 break
             starts.append(at)
@@ -555,6 +568,7 @@ class Connection:
         handed on, where the header is then written.  Runs that touch are handed on as one.
         """
         read_u32 = U32.unpack_from
+        read_head = _HEAD.unpack_from
         flows = self.flows
         left = self._batch_left
         wanted = self.mode in _RECEIVING
@@ -593,8 +607,9 @@ class Connection:
                 left -= 1
                 continue
             first, before = at, left
-            destination = flows.get(bytes(scratch[at + 4 : at + 16]))
-            at, left = self._run(scratch, at, end, left, destination)
+            (head,) = read_head(scratch, at)
+            destination = flows.get(head[4:])
+            at, left = self._run(scratch, at, end, left, head, destination)
             count = before - left
             size = at - first - 4 * count
             self.frames_in += count
@@ -636,30 +651,39 @@ class Connection:
         at: int,
         end: int,
         left: int,
+        head: bytes,
         destination: "Connection | None",
     ) -> tuple[int, int]:
-        """Step over the whole blocks of this batch that go where the one at ``at`` goes."""
+        """Step over the whole blocks of this batch that go where the one at ``at`` goes.
+
+        ``head``: of that one.  Returns where the next block is, and how many are left.
+        """
         read_head = _HEAD.unpack_from
         flows = self.flows
         while True:
-            (head,) = read_head(scratch, at)
-            key = head[4:]
-            if flows.get(key) is not destination:
-                return at, left
             if destination is not None:
-                self.seen.add(key)
+                self.seen.add(head[4:])
             step = 4 + int.from_bytes(head[:4], "big")
             at += step
             left -= 1
-            # Mostly frames of one flow and one size follow each other.
-            limit = end - step
-            while left and at <= limit and read_head(scratch, at)[0] == head:
-                at += step
-                left -= 1
+            # Mostly frames of one flow and one size follow each other; a loop over a stride
+            # costs half of reading each head by itself.
+            like_it = min(left, (end - at) // step)
+            if like_it:
+                count = 0
+                for (other,) in _stride(step).iter_unpack(scratch[at : at + like_it * step]):
+                    if other != head:
+                        break
+                    count += 1
+                at += count * step
+                left -= count
             if not left or end - at < 4:
                 return at, left
             (size,) = U32.unpack_from(scratch, at)
             if not MIN_FRAME <= size <= MAX_FRAME or end - at < 4 + size:
+                return at, left
+            (head,) = read_head(scratch, at)
+            if flows.get(head[4:]) is not destination:
                 return at, left
 
     def _drop_block(self, size: int) -> None:
