@@ -1,0 +1,145 @@
+"""What an idle tree costs, and how long `start`, `status` and `stop` take.
+
+    python -m benchmarks.idle [--seconds N] [--rounds N] [--quick]
+
+CPU is the scheduler's own count over all threads of all processes of the tree, canary included,
+while nobody is connected; memory is private memory (USS), which no other process shares.  The
+times are those of the whole command, interpreter start included, as an operator feels them.
+SoftEther's server, idle beside it, is measured over the same seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks import common
+from benchmarks.servers import Ours, SoftEther
+
+STATUS_ROUNDS = 10
+
+
+def main() -> None:
+    made = common.parser(__doc__)
+    made.add_argument("--seconds", type=float, default=60.0, help="of idling (60)")
+    made.add_argument("--rounds", type=int, default=10, help="of start and stop (10)")
+    args = common.parse(made, {"seconds": 3.0, "rounds": 2})
+    common.lab()
+    result = common.Result("idle", args)
+    result.columns = ["what", "pkvpn", "SoftEther"]
+    with common.work_directory() as directory:
+        commands(result, args, directory)
+        idle(result, args, directory)
+    result.note(
+        "Interpreter: the same Python doing nothing but importing argparse, json and socket; it is "
+        "inside each time of pkvpn. SoftEther's `start` returns before its server can be asked."
+    )
+    result.save(plot)
+
+
+def commands(result: common.Result, args: argparse.Namespace, directory: Path) -> None:
+    """How long the operator waits."""
+    ours = Ours(directory)
+    times: dict[str, list[float]] = {"start": [], "status": [], "stop": []}
+    stock: dict[str, list[float]] = {"start": [], "stop": []}
+    ours.start()  # makes the certificate and the database, once
+    ours.stop()
+    for number in range(args.rounds):
+        times["start"].append(ours.start())
+        for _ in range(STATUS_ROUNDS):
+            began = time.monotonic()
+            ours.service.cli("status")
+            times["status"].append(time.monotonic() - began)
+        times["stop"].append(ours.stop())
+        place = directory / f"round-{number}"
+        place.mkdir()
+        softether = SoftEther(place)
+        stock["start"].append(softether.start())
+        stock["stop"].append(softether.stop())
+    bare = []
+    for _ in range(STATUS_ROUNDS):
+        began = time.monotonic()
+        subprocess.run([sys.executable, "-c", "import argparse, json, socket"], check=True)
+        bare.append(time.monotonic() - began)
+    result.raw["commands"] = {"pkvpn": times, "SoftEther": stock, "interpreter": bare}
+    for verb, found in times.items():
+        beside = 1e3 * common.median(stock[verb]) if verb in stock else None
+        result.row(f"`{verb}`, ms (median)", 1e3 * common.median(found), beside)
+    result.row("interpreter alone, ms (median)", 1e3 * common.median(bare), None)
+
+
+def idle(result: common.Result, args: argparse.Namespace, directory: Path) -> None:
+    """What it costs while nobody is connected."""
+    ours, softether = Ours(directory / "idle"), SoftEther(directory)
+    # Other ports, so that both can run at once.
+    ours.service.configure('listen = ["127.0.0.1:18888"]\n')
+    ours.start()
+    softether.start()
+    try:
+        time.sleep(min(5.0, args.seconds))  # what a start leaves to do is done
+        named = ours.named_pids()
+        theirs = {f"process {i + 1}": pid for i, pid in enumerate(softether.pids())}
+        before = {pid: common.schedstat(pid) for pid in (*named.values(), *theirs.values())}
+        began = time.monotonic()
+        time.sleep(args.seconds)
+        wall = time.monotonic() - began
+        found: dict[str, dict[str, dict[str, Any]]] = {
+            server: {
+                name: {
+                    "cpu_percent": 100 * (common.schedstat(pid)[0] - before[pid][0]) / wall,
+                    "wakeups_per_s": (common.schedstat(pid)[1] - before[pid][1]) / wall,
+                    "mib": common.memory(pid),
+                }
+                for name, pid in pids.items()
+            }
+            for server, pids in (("pkvpn", named), ("SoftEther", theirs))
+        }
+        assert ours.named_pids() == named, "a child was replaced while nothing happened"
+    finally:
+        softether.stop()
+        ours.stop()
+    result.raw["idle"] = found
+
+    def total(server: str, what: str) -> float:
+        return sum(float(process[what]) for process in found[server].values())
+
+    def memory(server: str, name: str) -> float:
+        return float(found[server][name]["mib"]["uss"])
+
+    for what, unit in (
+        ("cpu_percent", "CPU, % of one core"),
+        ("wakeups_per_s", "wake-ups a second"),
+    ):
+        result.row(f"idle: {unit}", total("pkvpn", what), total("SoftEther", what))
+        for name, process in found["pkvpn"].items():
+            result.row(f"idle: {unit}: {name}", process[what], None)
+    result.row("idle: private memory of the watchdog, MiB",
+               memory("pkvpn", "watchdog"), memory("SoftEther", "process 1"))  # fmt: skip
+    for name in named:
+        if name != "watchdog":
+            result.row(f"idle: private memory of {name}, MiB", memory("pkvpn", name), None)
+    result.row("idle: private memory of all, MiB",
+               *(sum(memory(s, n) for n in found[s]) for s in ("pkvpn", "SoftEther")))  # fmt: skip
+
+
+def plot(figure: Any, result: dict[str, Any]) -> None:
+    """CPU and private memory by process."""
+    for axes, what, label in zip(
+        figure.subplots(1, 2), ("cpu_percent", "uss"), ("% of one core", "private MiB"), strict=True
+    ):
+        for place, (server, processes) in enumerate(result["raw"]["idle"].items()):
+            bottom = 0.0
+            for name, process in processes.items():
+                value = process["mib"][what] if what == "uss" else process[what]
+                axes.bar(server, value, bottom=bottom, label=None if place else name)
+                bottom += value
+        axes.set_ylabel(f"idle: {label}")
+    axes.legend()
+
+
+if __name__ == "__main__":
+    main()
