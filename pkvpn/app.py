@@ -23,9 +23,11 @@ from pkvpn.client.canary_main import main as canary_main
 from pkvpn.config import ConfigError, Settings, load, make_directories
 from pkvpn.core.main import main as core_main
 from pkvpn.core.settings import CoreSettings
+from pkvpn.core.store import StoreError, read_bridges
 from pkvpn.edge.main import EdgeSettings
 from pkvpn.edge.main import main as edge_main
 from pkvpn.listeners import Listeners
+from pkvpn.taps import Taps
 from pkvpn.watchdog import control
 from pkvpn.watchdog.logchild import LogSettings
 from pkvpn.watchdog.policy import OnLimit, RestartPolicy
@@ -49,9 +51,12 @@ class Service:
         self.settings = settings
         self._foreground = foreground
         self.listeners = Listeners()
+        self._taps = Taps()
         self._channels: list[tuple[list[int], list[int]]] = []  # per edge: its ends, the core's
 
     def tree(self, settings: Settings) -> TreeSpec:
+        """The spec for these settings.  Raises StoreError if the database cannot be read."""
+        bridges = self._taps.held(read_bridges(str(settings.service.state_dir)))
         self.settings = settings
         edges = [f"edge-{i + 1}" for i in range(settings.edge_processes(os.cpu_count() or 1))]
         return TreeSpec(
@@ -62,8 +67,8 @@ class Service:
             state_dir=str(settings.service.state_dir),
             beat_interval=settings.watchdog.beat_interval,
             nice=settings.service.nice,
-            held=tuple(self._held(edges)),
-            children=tuple(self._children(edges)),
+            held=(*self._held(edges), *bridges),
+            children=tuple(self._children(edges, tuple(held.name for held in bridges))),
             log=self._log(),
             upgrade=self._upgrade(),
         )
@@ -113,21 +118,22 @@ class Service:
 
     # -- who runs
 
-    def _children(self, edges: list[str]) -> list[ChildSpec]:
+    def _children(self, edges: list[str], bridges: tuple[str, ...]) -> list[ChildSpec]:
         return [
-            self._core(),
+            self._core(bridges),
             *(self._edge(i, name) for i, name in enumerate(edges)),
             self._canary(edges),
         ]
 
-    def _core(self) -> ChildSpec:
+    def _core(self, bridges: tuple[str, ...]) -> ChildSpec:
         settings = CoreSettings(
             state_dir=str(self.settings.service.state_dir),
             session_timeout=self.settings.edge.idle_timeout,
+            refused_bridges=self._taps.refused,
         )
         return self._child(
             "core", core_main, settings,
-            held=("channel:core", "admin", "canary"), duties=("switch", "login", "store"),
+            held=("channel:core", "admin", "canary", *bridges), duties=("switch", "login", "store"),
             keep_limit=1,  # what it was working on when it died
         )  # fmt: skip
 
@@ -236,16 +242,16 @@ def execsvc(
     ``check``: only see whether this program and these settings would start.
     ``resume_fd``: the table of the image before an upgrade.
     """
-    service = Service(settings, foreground=foreground)
-    spec = service.tree(settings)
-    if check:
-        return 0
-    os.umask(0o077)
-    make_directories(settings)
-    _leave_directory()
-    logging.getLogger().setLevel(settings.log.level.upper())
     tell = _teller(ready_fd) if ready_fd is not None else _print_start
+    service = Service(settings, foreground=foreground)
     try:
+        spec = service.tree(settings)
+        if check:
+            return 0
+        os.umask(0o077)
+        make_directories(settings)
+        _leave_directory()
+        logging.getLogger().setLevel(settings.log.level.upper())
         return run_tree(
             spec,
             tell=tell,
@@ -253,7 +259,7 @@ def execsvc(
             status=service.status,
             resume_fd=resume_fd,
         )
-    except (ConfigError, OSError) as error:
+    except (ConfigError, StoreError, OSError) as error:
         tell({"error": str(error), "code": EXIT_START_FAILED})
         return EXIT_START_FAILED
 

@@ -20,6 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "pkvpn.config": set(),
     "pkvpn.logs": set(),
     "pkvpn.listeners": {"pkvpn.config"},
+    "pkvpn.taps": {"pkvpn.core.accounts", "pkvpn.core.bridge", "pkvpn.watchdog.spec"},
     "pkvpn.watchdog": set(),
     "pkvpn.protocol": set(),
     "pkvpn.channel": {"pkvpn.protocol"},

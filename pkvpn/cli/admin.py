@@ -8,6 +8,7 @@ while it does not, the same code of the core answers from the database.
 import argparse
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -21,6 +22,10 @@ from pkvpn.watchdog.control import ControlError, ask
 
 # A core that is just being replaced answers when it is back; what is asked waits in its socket.
 _CORE_TIMEOUT = 10.0
+
+# A reload replaces children, which may take their time to end.
+_RELOAD_TIMEOUT = 30.0
+_LOOK_EVERY = 0.05
 
 Ask = Callable[[str, dict[str, Any]], Any]
 
@@ -138,12 +143,40 @@ def _run(args: argparse.Namespace) -> int:
         _add_proof(request, args)
     with _who_answers(settings, args.verb) as ask_core:
         answer = _all_pages(ask_core, f"{args.verb}.{args.what}", request, verb.pages)
+        if args.verb == "bridge" and args.what != "list" and is_running(settings):
+            answer = _change_devices(settings, ask_core, args.what, args.device)
     if args.json:
         print(json.dumps(answer, indent=2))
     else:
         for line in _human(answer):
             print(line)
     return OK
+
+
+def _change_devices(settings: Settings, ask_core: Ask, what: str, device: str) -> Any:
+    """Have the watchdog open or close the device of a bridge; return what has come of it.
+
+    A bridge whose device the system refuses is not kept.
+    """
+    try:
+        ask(str(settings.control_socket), "reload", timeout=_RELOAD_TIMEOUT)
+    except (OSError, ControlError) as error:
+        raise Refusal(f"bridge {device}: {what}: done, for the next start: {error}") from None
+    if what == "delete":
+        return {"deleted": device}
+    # The core that answered may be the one from before the reload.
+    deadline = time.monotonic() + _CORE_TIMEOUT
+    while True:
+        try:
+            (bridge,) = [one for one in ask_core("bridge.list", {}) if one["device"] == device]
+        except Refusal as refusal:  # it ends with the question half read
+            bridge = {"state": str(refusal)}
+        if bridge["state"] == "open":
+            return bridge
+        if bridge["state"].startswith("refused") or time.monotonic() > deadline:
+            ask_core("bridge.delete", {"device": device})
+            raise Refusal(bridge["state"])
+        time.sleep(_LOOK_EVERY)
 
 
 def _add_proof(request: dict[str, Any], args: argparse.Namespace) -> None:

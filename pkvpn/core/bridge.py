@@ -32,33 +32,41 @@ class BridgeError(Exception):
     """A local bridge that cannot be; names the device and what the system refuses."""
 
 
-def open_tap(name: str, bridge: str | None = None) -> int:
+def open_tap(name: str, bridge: str | None = None, opened: int | None = None) -> int:
     """Open the TAP ``name`` (made if there is none), set it up, make it a port of ``bridge``.
 
     Returns a non-blocking descriptor; the device lives as long as one of them, unless somebody
-    made it to stay.  Raises BridgeError.
+    made it to stay.  ``opened``: a descriptor of it that is open already, to be duplicated; the
+    system lets nobody open a TAP twice.  Raises BridgeError.
     """
     if sys.platform != "linux":
         raise BridgeError(
             f"bridge {name}: there is no local bridge on {sys.platform}, only on Linux"
         )
+    fd = _open(name) if opened is None else os.dup(opened)
+    try:
+        if bridge:
+            _ip(name, "set", "dev", name, "master", bridge)
+        elif opened is not None:
+            _ip(name, "set", "dev", name, "nomaster")
+        _ip(name, "set", "dev", name, "up")
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _open(name: str) -> int:
     try:
         fd = os.open(_DEVICE, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise BridgeError(f"bridge {name}: {_DEVICE}: {error.strerror}{_cause(error)}") from error
     try:
-        request = _IFREQ.pack(name.encode(), _IFF_TAP | _IFF_NO_PI)
-        try:
-            fcntl.ioctl(fd, _TUNSETIFF, request)
-        except OSError as error:
-            text = f"bridge {name}: the TAP device {name}: {error.strerror}{_cause(error)}"
-            raise BridgeError(text) from error
-        if bridge:
-            _ip(name, "set", "dev", name, "master", bridge)
-        _ip(name, "set", "dev", name, "up")
-    except BaseException:
+        fcntl.ioctl(fd, _TUNSETIFF, _IFREQ.pack(name.encode(), _IFF_TAP | _IFF_NO_PI))
+    except OSError as error:
         os.close(fd)
-        raise
+        text = f"bridge {name}: the TAP device {name}: {error.strerror}{_cause(error)}"
+        raise BridgeError(text) from error
     return fd
 
 

@@ -148,6 +148,8 @@ class Core:
         """Until the watchdog asks for the end."""
         now = time.monotonic()
         self._reconcile(now)
+        for why in self._settings.refused_bridges().values():
+            _log.error("refused: %s", why)
         listener = os.dup(self._child.held("admin")[0])
         control = Control(self._store, live_in_loop(self, self._calls), self._accounts)
         duty = self._child.duty("store")
@@ -811,7 +813,10 @@ class Core:
 
     def bridges(self) -> dict[str, str]:
         """`Live.bridges`."""
-        return {device: tap.state for device, (tap, _, _) in self._taps.items()}
+        refused = self._settings.refused_bridges().items()
+        return {device: f"refused: {why}" for device, why in refused} | {
+            device: tap.state for device, (tap, _, _) in self._taps.items()
+        }
 
     def status(self) -> dict[str, Any]:
         """`Live.status`."""

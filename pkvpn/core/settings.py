@@ -1,5 +1,6 @@
 """What the core is told when it is started; nothing heavy, the watchdog builds it."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 
@@ -28,3 +29,5 @@ class CoreSettings:
     user_failure_interval: float = 2.0
     # How long a new core waits for the edges to tell what there is before it serves.
     replay_timeout: float = 2.0
+    # Bridges whose TAP the system did not give, and why; asked in the core.
+    refused_bridges: Callable[[], Mapping[str, str]] = dict

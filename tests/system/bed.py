@@ -21,7 +21,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -43,7 +42,9 @@ def run(*command: str, stdin: str = "", timeout: float = COMMAND_TIMEOUT) -> str
     done = subprocess.run(
         command, input=stdin, capture_output=True, text=True, timeout=timeout, check=False
     )
-    assert done.returncode == 0, f"{' '.join(command)}: {done.returncode}: {done.stdout}{done.stderr}"
+    assert done.returncode == 0, (
+        f"{' '.join(command)}: {done.returncode}: {done.stdout}{done.stderr}"
+    )
     return done.stdout
 
 
@@ -59,8 +60,11 @@ class Host:
             mounts = [f"mkdir -p {path}; mount -t tmpfs none {path}" for path in _PRIVATE]
             script = "; ".join(["set -e", *mounts, script])
         self._holder = subprocess.Popen(
-            ["setpriv", "--pdeathsig", "KILL", "unshare", *(kinds if whole else kinds[:1])]
-            + ["sh", "-c", script],
+            [
+                *("setpriv", "--pdeathsig", "KILL"),
+                *("unshare", *(kinds if whole else kinds[:1])),
+                *("sh", "-c", script),
+            ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
         )
@@ -128,7 +132,9 @@ class StockClient(Host):
         eventually(lambda: self.command("VersionGet"), within=15.0, every=0.1)
         self.command(f"NicCreate vpn{self.number}")
         self.add_account(self.account, server, hub, self.user, f"vpn{self.number}")
-        self.command(f"AccountPasswordSet {self.account} /PASSWORD:{PASSWORDS[self.user]} /TYPE:standard")
+        self.command(
+            f"AccountPasswordSet {self.account} /PASSWORD:{PASSWORDS[self.user]} /TYPE:standard"
+        )
         self.command(f"AccountConnect {self.account}")
         self.run("ip", "addr", "add", f"{self.address}/24", "dev", self.adapter)
         self.run("ip", "link", "set", self.adapter, "up")
@@ -140,9 +146,7 @@ class StockClient(Host):
 
     def command(self, line: str) -> str:
         """What `vpncmd` says to one line."""
-        return self.run(
-            "timeout", "15", "vpncmd", "localhost", "/CLIENT", "/CMD", *line.split()
-        )
+        return self.run("timeout", "15", "vpncmd", "localhost", "/CLIENT", "/CMD", *line.split())
 
     def status(self, account: str = "") -> dict[str, str]:
         """The client's own view of its connection; empty while it is not connected."""
@@ -177,9 +181,12 @@ class StockClient(Host):
         space = os.readlink(f"/proc/{self.pid}/ns/pid")
         for entry in os.listdir("/proc"):
             with contextlib.suppress(OSError):
-                if entry.isdigit() and os.readlink(f"/proc/{entry}/ns/pid") == space:
-                    if b"vpnclient" in Path(f"/proc/{entry}/cmdline").read_bytes():
-                        found.append(int(entry))
+                if (
+                    entry.isdigit()
+                    and os.readlink(f"/proc/{entry}/ns/pid") == space
+                    and b"vpnclient" in Path(f"/proc/{entry}/cmdline").read_bytes()
+                ):
+                    found.append(int(entry))
         return found
 
 
@@ -258,7 +265,7 @@ class Service:
         """Does everything run?"""
         if self._process is not None and self._process.poll() is not None:
             raise RuntimeError(f"the service has ended: {self.told()}")
-        return bool(self.watchdog("status")["state"] == "running")
+        return all(child["state"] == "up" for child in self.children().values())
 
     def children(self) -> dict[str, dict[str, Any]]:
         return {child["name"]: child for child in self.watchdog("status")["children"]}
@@ -273,17 +280,12 @@ class Service:
 
         return eventually(look, within=20.0)
 
-    def kill(self, child: str) -> int:
-        """kill -9; returns when the successor serves, with its pid."""
-        before = self.pid(child)
-        os.kill(before, signal.SIGKILL)
-
-        def successor() -> int:
-            pid = self.pid(child)
-            assert pid != before
-            return pid
-
-        return eventually(successor, within=20.0)
+    def kill(self, *children: str) -> None:
+        """kill -9, all of them at once; returns when their successors serve."""
+        before = {self.pid(child) for child in children}
+        for pid in before:
+            os.kill(pid, signal.SIGKILL)
+        eventually(lambda: not before & {self.pid(child) for child in children}, within=20.0)
 
     def port(self) -> int:
         """Where the first listener really is."""
@@ -342,8 +344,3 @@ class Bed:
 
     def close(self) -> None:
         self._stack.close()
-
-
-def frames_of(pairs: Sequence[tuple[bytes, bytes]], payload: bytes) -> Iterator[bytes]:
-    """Ethernet frames of an experimental type, from (destination, source)."""
-    return (destination + source + b"\x88\xb5" + payload for destination, source in pairs)

@@ -43,8 +43,7 @@ def tcp_receive(address: str, port: int) -> None:
     say(bytes=got, sha256=digest.hexdigest(), silence=round(silence, 3))
 
 
-def tcp_send(address: str, port: int, total: float, seconds: float) -> None:
-    size = int(total)
+def tcp_send(address: str, port: int, size: int, seconds: float) -> None:
     source, digest, sent = random.Random(size), hashlib.sha256(), 0
     with socket.create_connection((address, port), TIMEOUT) as stream:
         began = time.monotonic()
@@ -106,10 +105,14 @@ def broadcast(address: str, port: int) -> None:
 
 if __name__ == "__main__":
     what, address, port, *numbers = sys.argv[1:]
-    {
-        "tcp-receive": tcp_receive,
-        "tcp-send": tcp_send,
-        "udp-echo": udp_echo,
-        "udp-send": udp_send,
-        "broadcast": broadcast,
-    }[what](address, int(port), *map(float if what == "tcp-send" else int, numbers))
+    match what:
+        case "tcp-receive":
+            tcp_receive(address, int(port))
+        case "tcp-send":
+            tcp_send(address, int(port), int(numbers[0]), float(numbers[1]))
+        case "udp-echo":
+            udp_echo(address, int(port))
+        case "udp-send":
+            udp_send(address, int(port), int(numbers[0]))
+        case "broadcast":
+            broadcast(address, int(port))
