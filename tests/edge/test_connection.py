@@ -459,6 +459,17 @@ def test_whole_batches_to_one_destination_stay_as_they_came() -> None:
     assert a.edge.counts()[:2] == b.edge.counts()[2:4] == (3, 60 + 99 + 1514)
 
 
+def test_a_run_longer_than_a_record_loses_no_byte_at_the_borders() -> None:
+    world = World()
+    a, b = Client(world, 1).to_blocks(), Client(world, 2).to_blocks()
+    world.tables[1][MACS[1] + MACS[0]] = b.edge
+    data = batch(*(frame(1, 0, 1514, 1 + number) for number in range(35)))
+    a.send(data)
+    a.turn()
+    b.flush()
+    assert b.read() == data
+
+
 FRAMES = st.builds(
     frame,
     st.integers(0, 3),
