@@ -1,0 +1,75 @@
+"""A bed of two stock clients in which one server after the other is put.
+
+Strategy: the bed of the system tests, so that what is measured is what is tested.  The clients
+are new for each server, since one of them remembers what it learnt of a server.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from benchmarks import common
+from benchmarks.servers import HUB, Ours, Server, SoftEther
+from tests.system.bed import Bed, Host, StockClient
+
+ADDRESS = "10.99.0.1:443"
+SERVERS = ("pkvpn", "softether", "softether-tcp")
+
+
+@contextmanager
+def stock_bed(directory: Path, kind: str, extra: str = "") -> Iterator[tuple[Bed, Any]]:
+    """A server of that kind with two stock clients that have logged in and reach each other.
+
+    The server is `Ours` for "pkvpn", else `SoftEther`.  ``extra``: configuration of ours.
+    """
+    place = directory / kind
+    place.mkdir()
+    bed = Bed(place / "unused", "listen = []\n")
+    try:
+        server: Server
+        if kind == "pkvpn":
+            server = Ours(place, host=bed.server, listen=(ADDRESS,), extra=extra)
+        else:
+            server = SoftEther(place, host=bed.server, udp_acceleration=kind == "softether")
+        server.start()
+        try:
+            bed.connect(443, HUB)
+            common.wait_until(lambda: reaches(bed.clients[0]), 20.0, f"a ping through {kind}")
+            yield bed, server
+        finally:
+            server.stop()
+    finally:
+        bed.close()
+
+
+def reaches(client: StockClient) -> bool:
+    """Does client 1 get an answer from client 2?"""
+    try:
+        client.run("ping", "-c", "1", "-W", "1", "10.77.0.2")
+    except AssertionError:
+        return False
+    return True
+
+
+def clients_cpu(bed: Bed) -> float:
+    """CPU seconds of both stock clients."""
+    return sum(common.cpu_seconds(pid) for client in bed.clients for pid in client.pids())
+
+
+@contextmanager
+def serving(host: Host, *command: str) -> Iterator[int]:
+    """A program on a host, for as long as this lasts; its pid."""
+    program = subprocess.Popen(
+        host.beside(*command), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
+    try:
+        time.sleep(0.5)  # it binds its port
+        yield program.pid
+    finally:
+        program.kill()
+        program.wait()
