@@ -132,7 +132,12 @@ class ControlServer:
             self._end(connection)
         self._selector.unregister(self._listener)
         self._listener.close()
-        os.close(self._reserve)
+        self._close_reserve()
+
+    def _close_reserve(self) -> None:
+        reserve, self._reserve = self._reserve, -1
+        if reserve >= 0:
+            os.close(reserve)
 
     def _accept(self) -> None:
         try:
@@ -157,10 +162,11 @@ class ControlServer:
         self._selector.register(sock, selectors.EVENT_READ, connection)
 
     def _send_away(self) -> None:
-        os.close(self._reserve)
+        self._close_reserve()
         with contextlib.suppress(OSError):
             self._listener.accept()[0].close()
-        self._reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        with contextlib.suppress(OSError):  # somebody was quicker: the next one waits
+            self._reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
     def _read(self, connection: _Connection) -> bool:
         try:

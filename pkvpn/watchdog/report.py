@@ -166,14 +166,21 @@ def _longest(report: Report) -> str:
 
 _THREAD = re.compile(r"^(Current thread|Thread|Stack)\b.*\(most recent call first\):\s*$")
 _FRAME = re.compile(r'^\s+File "(?P<file>.*)", line (?P<line>\d+|\?\?\?) in (?P<name>.*)$')
+_TRACEBACK = "Traceback (most recent call last):"
+_RAISED = re.compile(r'^\s+File "(?P<file>.*)", line (?P<line>\d+), in (?P<name>.*)$')
 
 
 def standing_line(stacks: str) -> str | None:
     """ "function at file:line" of the innermost frame, from a text of faulthandler.
 
     After a fatal signal: of the thread that got it.  Else of the main thread, which
-    faulthandler writes last.  None if there is no such line.
+    faulthandler writes last.  After an exception: where it was raised.  None if there is no
+    such line.
     """
+    if _TRACEBACK in stacks and "Fatal Python error" not in stacks:
+        raised = [match for line in stacks.splitlines() if (match := _RAISED.match(line))]
+        if raised:
+            return f"{raised[-1]['name']} at {raised[-1]['file']}:{raised[-1]['line']}"
     threads: list[tuple[bool, str | None]] = []
     fatal = False
     waiting = False

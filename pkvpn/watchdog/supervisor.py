@@ -65,6 +65,7 @@ _LAST_SWEEP = 1.0
 _READS = 16
 # Reports that operators asked for (QUIT), per child: a child cannot fill the disk with them.
 _DUMP_INTERVAL = 1.0
+_WITH_PROCESS = (State.STARTING, State.UP, State.STOPPING)
 # How long the new program may take to say that it would start.
 _TRIAL_TIMEOUT = 30.0
 
@@ -284,6 +285,10 @@ class Supervisor:
         self._contain(None, lambda: self._advance(now), now)
 
     def _expire_slot(self, slot: Slot, now: float) -> None:
+        if (slot.alive is not None) != (slot.machine.state in _WITH_PROCESS):
+            # A bug of ours was contained in between.
+            recovery = slot.machine.recover(alive=slot.alive is not None, now=now)
+            self._carry_out(slot, recovery, now)
         self._carry_out(slot, slot.machine.expire(now, self._lot.random()), now)
         if slot.alive is not None and slot.alive.mute_at <= now:
             slot.alive.mute_at = math.inf
@@ -549,7 +554,14 @@ class Supervisor:
     # -- carrying out what a machine decided
 
     def _tell_machine(self, slot: Slot, event: machine.Event, now: float) -> None:
-        self._carry_out(slot, slot.machine.receive(event, now, self._lot.random()), now)
+        """Whatever goes wrong with it is this child's, whosever news led to it."""
+        self._contain(
+            slot,
+            lambda: self._carry_out(
+                slot, slot.machine.receive(event, now, self._lot.random()), now
+            ),
+            now,
+        )
 
     def _carry_out(self, slot: Slot, commands: list[machine.Command], now: float) -> None:
         for command in commands:

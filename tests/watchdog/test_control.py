@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import selectors
 import socket
 import threading
@@ -12,7 +13,14 @@ from typing import Any
 
 import pytest
 
-from pkvpn.watchdog.control import MAX_LINE, ControlError, ControlServer, ask, listen
+from pkvpn.watchdog.control import (
+    MAX_CONNECTIONS,
+    MAX_LINE,
+    ControlError,
+    ControlServer,
+    ask,
+    listen,
+)
 
 
 def answer(verb: str, args: dict[str, Any]) -> Any:
@@ -135,3 +143,61 @@ def test_one_who_does_not_answer_is_given_up_at_the_limit(tmp_path: Path) -> Non
 def test_a_path_where_no_socket_can_be_is_named(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"absent/control\.sock"):
         listen(str(tmp_path / "absent" / "control.sock"))
+
+
+@pytest.mark.root
+def test_another_user_is_refused_by_what_the_kernel_says_of_him() -> None:
+    name = f"\0pkvpn-test-{os.getpid()}"
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(name)
+    listener.listen()
+    selector = selectors.DefaultSelector()
+    server = ControlServer(listener.detach(), selector, lambda _verb, _args: "secret")
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            os.setuid(65534)
+            ask(name, "status")
+        except ControlError as error:
+            code = 0 if str(error) == "user 65534 may not control a service of user 0" else 2
+        finally:
+            os._exit(code)
+    for key, mask in selector.select(5.0):
+        assert server.handle(key, mask)
+    server.close()
+    selector.close()
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_a_bug_behind_a_verb_is_an_answer_and_who_forgets_to_hang_up_makes_room(
+    tmp_path: Path,
+) -> None:
+    path = str(tmp_path / "control.sock")
+    selector = selectors.DefaultSelector()
+    server = ControlServer(listen(path), selector, lambda verb, _args: {"": 0}[verb])
+    idle = [socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) for _ in range(MAX_CONNECTIONS)]
+    for one in idle:
+        one.connect(path)
+        for key, mask in selector.select(5.0):
+            assert server.handle(key, mask)
+    asking = threading.Thread(target=lambda: said.append(_refusal(path, "status")))
+    said: list[str] = []
+    asking.start()
+    while asking.is_alive():
+        for key, mask in selector.select(0.01):
+            assert server.handle(key, mask)
+    asking.join()
+    assert said == ["status failed: KeyError: 'status'"]
+    assert idle[0].recv(1) == b""
+    for one in idle:
+        one.close()
+    server.close()
+    selector.close()
+
+
+def _refusal(path: str, verb: str) -> str:
+    try:
+        return f"answered {ask(path, verb)}"
+    except ControlError as error:
+        return str(error)
