@@ -21,19 +21,21 @@ class CertificateError(Exception):
 
 
 def ensure(certificate: Path, key: Path, name: str, now: dt.datetime) -> str:
-    """Make a self-signed certificate unless there is one; return its SHA-256 fingerprint in hex.
+    """Make a self-signed certificate unless there is one; return its SHA-256 fingerprint in hex,
+    or nothing if there was one.
 
     ``name`` becomes the common name.  The key file is written with mode 0600, before the
     certificate: a certificate without its key is an error that somebody must look at, a key
-    without a certificate is what a kill in between left, and both are made again.  Raises
-    CertificateError if one cannot be read or does not fit the other, OSError for the file system.
+    without a certificate is what a kill in between left, and both are made again.  Raises OSError
+    for the file system; whether what there is can be used is seen when it is loaded.
     """
     directory = os.open(certificate.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
         # Several edges start at the same time, and all must show the same one.
         fcntl.flock(directory, fcntl.LOCK_EX)
-        if not certificate.exists():
-            _make(certificate, key, name, now)
+        if certificate.exists():
+            return ""
+        _make(certificate, key, name, now)
     finally:
         os.close(directory)
     return load(certificate, key)

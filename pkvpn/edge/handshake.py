@@ -240,3 +240,8 @@ class OpenSSLRecords:
         goodbye = self._outgoing.read()
         if len(goodbye) <= self._tx.room():
             self._tx.append(goodbye)
+
+
+# OpenSSL sets itself up at its first use, which takes milliseconds: at import, so once in the
+# watchdog and not in every edge that is forked from it.  No key is loaded here.
+ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

@@ -156,7 +156,10 @@ def main(child: Child, settings: EdgeSettings) -> None:
     """Be an edge until asked to stop."""
     edge = Edge(child, settings)
     try:
+        # Who is here already does not wait for what only new clients need.
         edge.adopt_all()
+        edge.turn(0.0)
+        edge.load_certificate()
         edge.run()
     finally:
         edge.close()
@@ -172,18 +175,7 @@ class Edge:
         self._started = self.now
         self._counter = 0
         self._key_log = KeyLog()
-        try:
-            fingerprint = certificate.ensure(
-                Path(settings.certificate),
-                Path(settings.key),
-                socket.gethostname() or "vpnserver",
-                dt.datetime.now(dt.UTC),
-            )
-            self._context = self._make_context()
-        except (certificate.CertificateError, OSError) as error:
-            child.say(str(error)[:180])
-            raise SystemExit(f"no certificate: {error}") from None
-        _log.info("certificate SHA-256 %s", fingerprint)
+        self._context: ssl.SSLContext | None = None  # until `load_certificate`
         control, frames = child.held(f"channel:{child.name}")
         self._control = socket.socket(fileno=control)
         self._frames = socket.socket(fileno=frames)
@@ -220,6 +212,26 @@ class Edge:
         self._epoll.register(self._control, select.EPOLLIN)
         self._epoll.register(self._frames, select.EPOLLIN)
 
+    def load_certificate(self) -> None:
+        """Get ready for handshakes.  Raises SystemExit naming what is wrong with the files."""
+        settings = self.settings
+        try:
+            made = certificate.ensure(
+                Path(settings.certificate),
+                Path(settings.key),
+                socket.gethostname() or "vpnserver",
+                dt.datetime.now(dt.UTC),
+            )
+            self._context = self._make_context()
+        except certificate.CertificateError as error:
+            raise SystemExit(str(error)) from None
+        except OSError as error:
+            files = f"certificate {settings.certificate} with key {settings.key}"
+            raise SystemExit(f"{files}: {error}") from None
+        if made:
+            self.child.say(f"made a certificate, SHA-256 {made}")
+            _log.info("made a certificate, SHA-256 %s", made)
+
     def _make_context(self) -> ssl.SSLContext:
         return make_context(self.settings.certificate, self.settings.key, self._key_log)
 
@@ -232,8 +244,9 @@ class Edge:
         self._epoll.close()
         for sock in (self._control, self._frames, *self._listeners):
             sock.detach()
-        # Closes OpenSSL's file.
-        self._context.keylog_filename = None  # type: ignore[assignment]
+        if self._context is not None:
+            # Closes OpenSSL's file.
+            self._context.keylog_filename = None  # type: ignore[assignment]
         self._key_log.close()
         os.close(self._lock)
 
@@ -354,12 +367,10 @@ class Edge:
         """Serve until asked to stop, then say goodbye to everybody whom no successor can serve."""
         child = self.child
         child.ready()
+        self._accept_or_not()
         stop_at, making_way = 0.0, False
         while not stop_at or (self._peers and self.now < stop_at):
-            timeout = min(child.turn(self.now), max(0.0, self._next_tick - self.now))
-            events = dict(self._epoll.poll(timeout))
-            self.now = time.monotonic()
-            self._serve(events)
+            self.turn(min(child.turn(self.now), max(0.0, self._next_tick - self.now)))
             # Also when a stop comes while we make way: then no successor comes after all.
             if child.stopping and (not stop_at or child.yielding != making_way):
                 stop_at, making_way = self.now + _STOP_TIMEOUT, child.yielding
@@ -367,13 +378,20 @@ class Edge:
                 for peer in list(self._peers.values()):
                     if not (making_way and self._can_be_left(peer)):
                         self._close(peer, "service stops")
-            self._flush_touched()
-            self._forward.done = self._turn.forwarded
+                self._flush_touched()
             if making_way and all(peer.given for peer in self._peers.values()):
                 return
         for peer in list(self._peers.values()):
             if not (making_way and peer.given and self._can_be_left(peer)):
                 self._gone(peer, "service stops")
+
+    def turn(self, timeout: float) -> None:
+        """Wait for ``timeout`` seconds at most, serve what there is, send what came of it."""
+        events = dict(self._epoll.poll(timeout))
+        self.now = time.monotonic()
+        self._serve(events)
+        self._flush_touched()
+        self._forward.done = self._turn.forwarded
 
     @staticmethod
     def _can_be_left(peer: Peer) -> bool:
@@ -519,6 +537,7 @@ class Edge:
         """Let new clients wait in the kernel while there is no place for them."""
         wanted = (
             not pause
+            and self._context is not None
             and len(self._peers) < self.settings.max_connections
             and len(self._backlog) < _MAX_BACKLOG
             and not self.child.stopping
@@ -561,6 +580,7 @@ class Edge:
             peer.peer = f"{address[0]}:{address[1]}"
             local = sock.getsockname()
             peer.local = f"{local[0]}:{local[1]}"
+            assert self._context is not None  # nobody is accepted before
             peer.handshake = Handshake(self._context, self._key_log)
             self._add(peer)
 

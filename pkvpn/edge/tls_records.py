@@ -261,3 +261,14 @@ def read_alert(content: bytes) -> int:
     if len(content) != 2:
         raise TLSError(Alert.DECODE_ERROR, f"alert of {len(content)} bytes")
     return content[1]
+
+
+def _warm_up() -> None:
+    """Have the ciphers set themselves up at import: once, and not in every edge that is forked."""
+    for suite in SUITES.values():
+        Sealer(suite, bytes(secret_size(suite))).seal(
+            memoryview(bytearray(16)), memoryview(bytearray(64))
+        )
+
+
+_warm_up()
