@@ -34,6 +34,7 @@ from pkvpn.watchdog.policy import OnLimit, RestartPolicy
 from pkvpn.watchdog.spec import ChildSpec, HeldSpec, TreeSpec, Upgrade
 from pkvpn.watchdog.supervisor import EXIT_START_FAILED, run_tree
 from pkvpn.watchdog.upgrade import is_copy
+from pkvpn.watchdog.witness import Accuses
 
 TITLE = "vpnserver execsvc"
 COMM = "vpnserver"
@@ -151,6 +152,8 @@ class Service:
             name, edge_main, settings,
             held=("listen", f"channel:{name}", f"checkpoint:{name}"),
             duties=("accept", "login", "forward"),
+            # What waits there waits for the core's answer.
+            accuses=(Accuses("login", ("core",), self.settings.watchdog.deaf_timeout),),
             keep_limit=self.settings.watchdog.given_max,
         )  # fmt: skip
 
@@ -162,7 +165,7 @@ class Service:
         )
         return self._child(
             "canary", canary_main, settings, held=("canary",), duties=(REACH_EDGE, REACH_CORE),
-            accuses=((REACH_EDGE, tuple(edges)), (REACH_CORE, ("core",))),
+            accuses=(Accuses(REACH_EDGE, tuple(edges)), Accuses(REACH_CORE, ("core",))),
         )  # fmt: skip
 
     def _child(

@@ -65,7 +65,7 @@ class Incarnation:
         self.dumped_at = -math.inf
         self.snapshot: dict[str, str] = {}
         self.decoder = LifelineDecoder(len(spec.duties))
-        self.witness = Witness(spec.duties, dict(spec.accuses))
+        self.witness = Witness(spec.duties, spec.accuses)
         self._limits = Limits(
             beat_interval=beat_interval,
             hang_timeout=spec.hang_timeout,

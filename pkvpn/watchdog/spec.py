@@ -9,6 +9,7 @@ from typing import Any
 
 from pkvpn.watchdog.lifeline import MAX_DUTIES
 from pkvpn.watchdog.policy import RestartPolicy
+from pkvpn.watchdog.witness import Accuses
 
 # The child that the framework itself adds: it alone writes to disk.
 LOG_CHILD = "log"
@@ -43,9 +44,7 @@ class ChildSpec:
     policy: RestartPolicy = field(default_factory=RestartPolicy)
     held: tuple[str, ...] = ()
     duties: tuple[str, ...] = ()
-    # Duties of a witness: when something waits for one of these, the children named are deaf,
-    # and not the one that says so.
-    accuses: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    accuses: tuple[Accuses, ...] = ()  # duties of a witness
     keep_limit: int = 0  # how many descriptors it may give to be kept for its successors
     oom_score_adj: int = 0
 
@@ -124,7 +123,7 @@ class TreeSpec:
                 raise ValueError(f"tree {self.name}: the child name {name!r} is taken")
         held = [one.name for one in self.held]
         for child in self.children:
-            for accused in (name for _, several in child.accuses for name in several):
+            for accused in (name for one in child.accuses for name in one.accused):
                 if accused not in names:
                     raise ValueError(f"child {child.name} accuses {accused!r}, which is no child")
             for name in child.held:

@@ -441,7 +441,7 @@ class Supervisor:
         if newest is not None:
             own = newest._replace(duties=incarnation.witness.own_duties(newest.duties))
             self._obey_judge(slot, incarnation.judge.beat(own, now), now)
-            for accusation in incarnation.witness.accusations(newest.duties):
+            for accusation in incarnation.witness.accusations(newest.duties, now):
                 self._accuse(slot, accusation, now)
 
     def _on_said(

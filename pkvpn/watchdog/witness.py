@@ -8,8 +8,16 @@ being replaced accuses nobody.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple
+
+
+class Accuses(NamedTuple):
+    """While something waits in ``duty`` for longer than ``patience`` seconds, the children named
+    in ``accused`` are deaf, and not the one that says so."""
+
+    duty: str
+    accused: tuple[str, ...]
+    patience: float = 0.0
 
 
 class Accusation(NamedTuple):
@@ -23,9 +31,9 @@ class Accusation(NamedTuple):
 class Witness:
     """Knows what one incarnation of a witness has said; makes one accusation of each trouble."""
 
-    def __init__(self, duties: tuple[str, ...], accuses: Mapping[str, tuple[str, ...]]) -> None:
+    def __init__(self, duties: tuple[str, ...], accuses: tuple[Accuses, ...]) -> None:
         self._duties = duties
-        self._accuses = accuses
+        self._accuses = {one.duty: one for one in accuses}
         self._said: dict[str, float] = {}  # duty -> the trouble that has been passed on
 
     def own_duties(self, told: tuple[tuple[int, float], ...]) -> tuple[tuple[int, float], ...]:
@@ -35,13 +43,16 @@ class Witness:
             for name, (done, since) in zip(self._duties, told, strict=True)
         )
 
-    def accusations(self, told: tuple[tuple[int, float], ...]) -> list[Accusation]:
+    def accusations(self, told: tuple[tuple[int, float], ...], now: float) -> list[Accusation]:
         """To be called for each beat; a trouble that goes on is returned once."""
         found = []
         for name, (_, since) in zip(self._duties, told, strict=True):
-            if name not in self._accuses or self._said.get(name, 0.0) == since:
+            accuses = self._accuses.get(name)
+            if accuses is None or self._said.get(name, 0.0) == since:
                 continue
-            self._said[name] = since
-            if since:
-                found.append(Accusation(name, self._accuses[name], since))
+            if not since:
+                del self._said[name]
+            elif now - since >= accuses.patience:
+                self._said[name] = since
+                found.append(Accusation(name, accuses.accused, since))
         return found

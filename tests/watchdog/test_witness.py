@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
-from pkvpn.watchdog.witness import Accusation, Witness
+from pkvpn.watchdog.witness import Accusation, Accuses, Witness
 
 DUTIES = ("reach-edge", "reach-core", "own")
-ACCUSES = {"reach-edge": ("edge-1", "edge-2"), "reach-core": ("core",)}
+ACCUSES = (Accuses("reach-edge", ("edge-1", "edge-2")), Accuses("reach-core", ("core",), 5.0))
 
 
 def test_a_trouble_is_passed_on_once_with_those_it_accuses() -> None:
     witness = Witness(DUTIES, ACCUSES)
     well = ((5, 0.0), (5, 0.0), (0, 0.0))
     troubled = ((5, 12.5), (5, 0.0), (0, 0.0))
-    assert witness.accusations(well) == []
-    assert witness.accusations(troubled) == [Accusation("reach-edge", ("edge-1", "edge-2"), 12.5)]
-    assert witness.accusations(troubled) == []
+    assert witness.accusations(well, 20.0) == []
+    assert witness.accusations(troubled, 20.0) == [
+        Accusation("reach-edge", ("edge-1", "edge-2"), 12.5)
+    ]
+    assert witness.accusations(troubled, 20.0) == []
 
 
 def test_a_new_trouble_after_it_was_well_or_of_a_later_visit_is_passed_on_again() -> None:
     witness = Witness(DUTIES, ACCUSES)
-    assert witness.accusations(((5, 0.0), (5, 12.5), (0, 0.0)))
-    assert not witness.accusations(((5, 0.0), (6, 0.0), (0, 0.0)))
-    assert witness.accusations(((5, 0.0), (6, 20.0), (0, 0.0)))
-    assert witness.accusations(((5, 0.0), (6, 25.0), (0, 0.0)))
+    assert witness.accusations(((5, 0.0), (5, 12.5), (0, 0.0)), 30.0)
+    assert not witness.accusations(((5, 0.0), (6, 0.0), (0, 0.0)), 30.0)
+    assert witness.accusations(((5, 0.0), (6, 20.0), (0, 0.0)), 30.0)
+    assert witness.accusations(((5, 0.0), (6, 25.0), (0, 0.0)), 30.0)
 
 
 def test_the_witness_itself_is_judged_by_its_own_duties_only() -> None:
     witness = Witness(DUTIES, ACCUSES)
     told = ((5, 12.5), (5, 0.0), (7, 3.0))
     assert witness.own_duties(told) == ((5, 0.0), (5, 0.0), (7, 3.0))
+
+
+def test_nobody_is_accused_before_the_patience_of_the_witness_is_over() -> None:
+    witness = Witness(DUTIES, ACCUSES)
+    told = ((0, 0.0), (5, 12.5), (0, 0.0))
+    assert witness.accusations(told, 17.4) == []
+    assert witness.accusations(told, 17.5) == [Accusation("reach-core", ("core",), 12.5)]
+    assert witness.accusations(told, 30.0) == []
