@@ -198,7 +198,9 @@ class Supervisor:
         for slot in self._slots.values():
             if slot.alive is None:
                 self._tell_machine(slot, machine.Start(), now)
-        self._rollover = Rollover([slot.machine for slot in self._slots.values()])
+        if table["replace"] or not self._upgrade_failed:
+            # Else all children are of this code already, which has never been left.
+            self._rollover = Rollover([slot.machine for slot in self._slots.values()])
         return self._live()
 
     def _open_log(self, read: int, write: int) -> None:
@@ -840,7 +842,8 @@ class Supervisor:
 
     def _exec(self, plan: Upgrade, archive: int, *, old: bool) -> None:
         """Become the next image.  If that fails, nothing has changed and this one goes on."""
-        table = upgrade.write_table(self._table(archive))
+        # Who goes back finds children of the code that it undoes.
+        table = upgrade.write_table({**self._table(archive), "replace": old})
         self._entry("upgrade-exec", image=self._image + 1)
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
