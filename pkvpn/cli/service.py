@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from pkvpn.cli import FAILED, NO_PRIVILEGE, NOT_RUNNING, OK, Command, Refusal, complain
 from pkvpn.cli.runtime import holders, is_running, load_settings, open_watchdog
@@ -319,32 +319,51 @@ def _restart(args: argparse.Namespace) -> int:
 # --- reload, upgrade -----------------------------------------------------------------------------
 
 
-class _Request(NamedTuple):
-    done: str
-    # An upgrade first tries the new program.
-    timeout: float
-
-
-_REQUESTS = {
-    "reload": _Request("The configuration has been read again.", 30.0),
-    "upgrade": _Request("The service goes on with the installed program.", 60.0),
-}
-
-
-def _request(args: argparse.Namespace) -> int:
+def _reload(args: argparse.Namespace) -> int:
     settings = load_settings(args.config)  # a file that is wrong is refused here already
-    verb = "upgrade" if args.verb == "upgrade" else "reload"
+    _request(settings, "reload", 30.0)
+    print("The configuration has been read again.")
+    return OK
+
+
+# The new program is tried, taken over, and then each child is replaced: as long as the slowest of
+# starts and stops of all of them may take, and the trial (30 s at most) before that.
+_TRIAL_TIMEOUT = 35.0
+
+
+def _upgrade(args: argparse.Namespace) -> int:
+    settings = load_settings(args.config)
+    _request(settings, "upgrade", ANSWER_TIMEOUT)
+    deadline = time.monotonic() + _TRIAL_TIMEOUT
+    state, pid = "trying", 0
+    while state in ("trying", "replacing children"):
+        time.sleep(_LOOK_EVERY)
+        try:
+            status = ask(str(settings.control_socket), "status", timeout=ANSWER_TIMEOUT)
+        except (OSError, ControlError):  # between the images nobody answers
+            if not is_running(settings):
+                raise Refusal("the service has been stopped meanwhile") from None
+        else:
+            state, pid = status["watchdog"]["upgrade"], status["watchdog"]["pid"]
+            if state == "replacing children":
+                deadline = max(deadline, time.monotonic() + _stop_budget(settings))
+        if time.monotonic() > deadline:
+            raise Refusal(f"the upgrade is not through: {state}; look at `status` and `events`")
+    if state.startswith("failed: "):
+        raise Refusal(f"upgrade refused, the service goes on as it was: {state[8:]}")
+    print(f"The service (pid {pid}) goes on with the installed program.")
+    return OK
+
+
+def _request(settings: Settings, verb: str, timeout: float) -> None:
     if not is_running(settings):
         raise Refusal("the service is not running", NOT_RUNNING)
-    request = _REQUESTS[verb]
     try:
-        result = ask(str(settings.control_socket), verb, timeout=request.timeout)
+        ask(str(settings.control_socket), verb, timeout=timeout)
     except ControlError as error:
         raise Refusal(f"{verb}: {error}") from None
     except OSError as error:
         raise Refusal(f"{verb}: the watchdog does not answer: {error}") from None
-    print(result if isinstance(result, str) else request.done)
-    return OK
 
 
 # --- execsvc -------------------------------------------------------------------------------------
@@ -382,8 +401,8 @@ COMMANDS = {
     "stop": Command(_no_arguments, _stop),
     "restart": Command(_no_arguments, _restart),
     "try-restart": Command(_no_arguments, _restart),
-    "reload": Command(_no_arguments, _request),
-    "force-reload": Command(_no_arguments, _request),
-    "upgrade": Command(_no_arguments, _request),
+    "reload": Command(_no_arguments, _reload),
+    "force-reload": Command(_no_arguments, _reload),
+    "upgrade": Command(_no_arguments, _upgrade),
     "execsvc": Command(_execsvc_arguments, _execsvc),
 }
