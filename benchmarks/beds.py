@@ -7,6 +7,7 @@ are new for each server, since one of them remembers what it learnt of a server.
 from __future__ import annotations
 
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,18 +15,25 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import common
+from benchmarks.common import ROOT
+from benchmarks.echo import Asker
 from benchmarks.servers import HUB, Ours, Server, SoftEther
 from tests.system.bed import Bed, Host, StockClient
 
-ADDRESS = "10.99.0.1:443"
-SERVERS = ("pkvpn", "softether", "softether-tcp")
+SERVER = "10.99.0.1"
+PEER = "10.77.0.2"
+ECHO_PORT = 7777
 
 
 @contextmanager
-def stock_bed(directory: Path, kind: str, extra: str = "") -> Iterator[tuple[Bed, Any]]:
+def stock_bed(
+    directory: Path, kind: str, *, extra: str = "", suffix: str = ""
+) -> Iterator[tuple[Bed, Any]]:
     """A server of that kind with two stock clients that have logged in and reach each other.
 
-    The server is `Ours` for "pkvpn", else `SoftEther`.  ``extra``: configuration of ours.
+    The server is `Ours` for "pkvpn", `SoftEther` for "softether" and "softether-tcp" (without its
+    UDP acceleration).  ``extra``: configuration of ours.  ``suffix``: of the server's name in the
+    clients' accounts; with "/tcp" a stock client comes back that otherwise never does.
     """
     place = directory / kind
     place.mkdir()
@@ -33,12 +41,15 @@ def stock_bed(directory: Path, kind: str, extra: str = "") -> Iterator[tuple[Bed
     try:
         server: Server
         if kind == "pkvpn":
-            server = Ours(place, host=bed.server, listen=(ADDRESS,), extra=extra)
+            server = Ours(place, host=bed.server, listen=(f"{SERVER}:443",), extra=extra)
         else:
             server = SoftEther(place, host=bed.server, udp_acceleration=kind == "softether")
         server.start()
         try:
-            bed.connect(443, HUB)
+            for client in bed.clients:
+                client.begin(f"{SERVER}{suffix}:443", HUB)
+            for client in bed.clients:
+                client.wait_established()
             common.wait_until(lambda: reaches(bed.clients[0]), 20.0, f"a ping through {kind}")
             yield bed, server
         finally:
@@ -56,6 +67,14 @@ def reaches(client: StockClient) -> bool:
     return True
 
 
+def established(client: StockClient) -> int:
+    """How often the client had to log in; 0 while it has no session."""
+    try:
+        return client.established_sessions()
+    except KeyError:
+        return 0
+
+
 def clients_cpu(bed: Bed) -> float:
     """CPU seconds of both stock clients."""
     return sum(common.cpu_seconds(pid) for client in bed.clients for pid in client.pids())
@@ -65,7 +84,7 @@ def clients_cpu(bed: Bed) -> float:
 def serving(host: Host, *command: str) -> Iterator[int]:
     """A program on a host, for as long as this lasts; its pid."""
     program = subprocess.Popen(
-        host.beside(*command), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        host.beside(*command), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, cwd=ROOT
     )
     try:
         time.sleep(0.5)  # it binds its port
@@ -73,3 +92,15 @@ def serving(host: Host, *command: str) -> Iterator[int]:
     finally:
         program.kill()
         program.wait()
+
+
+@contextmanager
+def echoes(bed: Bed) -> Iterator[Asker]:
+    """Client 2 answers datagrams; what asks stands on client 1."""
+    words = (sys.executable, "-m", "benchmarks.echo")
+    with serving(bed.clients[1], *words, "answer", PEER, str(ECHO_PORT)):
+        asker = Asker(bed.clients[0].beside(*words, "ask", PEER, str(ECHO_PORT)))
+        try:
+            yield asker
+        finally:
+            asker.close()

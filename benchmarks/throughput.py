@@ -18,7 +18,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections import defaultdict
@@ -27,7 +26,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from benchmarks import common
-from benchmarks.beds import clients_cpu, serving, stock_bed
+from benchmarks.beds import PEER, clients_cpu, echoes, established, serving, stock_bed
 from tests.system.bed import Bed
 
 NAMES = {
@@ -37,8 +36,6 @@ NAMES = {
     "pkvpn, edge killed": "pkvpn, edge killed every second",
 }
 STREAMS: dict[str, list[str]] = {"up": [], "down": ["-R"], "p4": ["-P", "4"]}
-PEER = "10.77.0.2"
-ECHO_PORT = 7777
 # Thousands of datagrams a second that are tried; the search stops after two that lose.
 RATES = (20, 40, 60, 80, 100, 120, 140, 160, 180, 200, 240, 280, 320)
 MAX_LOST_PERCENT = 0.5
@@ -86,43 +83,11 @@ def datagrams(bed: Bed, seconds: float, rates: tuple[int, ...]) -> dict[str, flo
     return {"kpps": best}
 
 
-ECHO = f"""
-import socket
-s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-s.bind(("{PEER}", {ECHO_PORT}))
-while True:
-    data, sender = s.recvfrom(2048)
-    s.sendto(data, sender)
-"""
-ASK = f"""
-import socket, sys, time
-s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-s.settimeout(0.5)
-s.connect(("{PEER}", {ECHO_PORT}))
-times, until = [], time.monotonic() + float(sys.argv[1])
-while time.monotonic() < until:
-    at = time.monotonic()
-    s.send(b"%.6f" % at)
-    try:
-        while s.recv(100) != b"%.6f" % at:
-            pass
-    except TimeoutError:
-        continue
-    times.append(time.monotonic() - at)
-    time.sleep(0.001)
-times.sort()
-print(times[len(times) // 2] * 1e3)
-"""
-
-
 def echo(bed: Bed, seconds: float) -> dict[str, float]:
     """Median of a datagram's way there and back, ms."""
-    with serving(bed.clients[1], sys.executable, "-c", ECHO):
-        command = bed.clients[0].beside(sys.executable, "-c", ASK, f"{seconds:g}")
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=seconds + 20
-        )
-        return {"p50_ms": float(done.stdout)}
+    with echoes(bed) as asker:
+        asker.begin(seconds)
+        return {"p50_ms": asker.finish()["p50_ms"]}
 
 
 @contextmanager
@@ -171,7 +136,7 @@ def a_round(
             else:
                 found[test] = echo(bed, min(5.0, args.seconds))
             time.sleep(1)
-    found["sessions"] = [client.established_sessions() for client in bed.clients]
+    found["sessions"] = [established(client) for client in bed.clients]
     return found
 
 
