@@ -125,7 +125,7 @@ class Core:
         self._ports: dict[int, Port] = {}  # of sessions, by their number
         self._taps: dict[str, tuple[Tap, Hub, Port]] = {}
         self._connections: dict[int, Connection] = {}
-        self._early_frames: dict[int, list[bytes]] = {}
+        self._early_frames: list[tuple[int, bytes]] = []
         self._early_size = 0
         self._early_requests: list[tuple[Link, Request]] = []
         self._serving = False
@@ -258,6 +258,13 @@ class Core:
         except ChannelError as error:
             _log.error("edge-%d said what is no message: %s", link.index, error)
             return
+        if (
+            not isinstance(message, Replayed | Adopted)
+            and channel.edge_of(message.conn) != link.index
+        ):
+            # Edges read what strangers send: one that was taken over must not reach further.
+            _log.error("edge-%d speaks of connection %#x of another", link.index, message.conn)
+            return
         match message:
             case Frames(conn, blocks):
                 self._switched.done += 1
@@ -310,21 +317,25 @@ class Core:
             self._answer(connection, Outcome(close="cores died of it"))
             return
         self._mark.begin(request.conn, request.number)
-        outcome = self._desk.answer(
-            connection.blob,
-            address_key(connection.peer),
-            bytes(request.data),
-            now,
-            secrets.token_bytes(RANDOM_SIZE),
-        )
+        try:
+            outcome = self._desk.answer(
+                connection.blob,
+                address_key(connection.peer),
+                bytes(request.data),
+                now,
+                secrets.token_bytes(RANDOM_SIZE),
+            )
+        except Exception:  # a bug of ours costs one connection: a stranger could repeat it at will
+            _log.exception("%s: request %d", connection.peer, request.number)
+            outcome = Outcome(close="internal error")
         if outcome.note:
             _log.info("%s: %s", connection.peer, outcome.note)
         if outcome.replaces is not None:
             self._end_session(outcome.replaces, "its client has logged in again", now)
         if outcome.session is not None:
             self._join(connection, outcome.session, connection.blob.direction, now)
-        if outcome.displaces:
-            self._close(outcome.displaces, "the client has made a new connection", now)
+        for conn in outcome.displaces:
+            self._close(conn, "the client has made a new connection", now)
         if outcome.close:
             self._leave(connection, now)
         self._answer(connection, outcome)
@@ -388,7 +399,6 @@ class Core:
     def _forget(self, conn: int, why: str, now: float) -> None:
         """The connection is gone."""
         connection = self._connections.pop(conn, None)
-        self._early_size -= sum(map(len, self._early_frames.pop(conn, ())))
         if connection is None:
             return
         if connection.session is not None:
@@ -469,9 +479,6 @@ class Core:
                 self._close(replay.conn, "its session is not allowed any more", now)
                 return
             self._join(connection, session, connection.blob.direction, now)
-            for blocks in self._early_frames.pop(replay.conn, ()):
-                self._early_size -= len(blocks)
-                self._hear_frames(replay.conn, blocks, now)
 
     def _end_replay(self, link: Link, now: float) -> None:
         for conn in [
@@ -483,9 +490,6 @@ class Core:
         link.replayed = True
         link.replayed_at = now
         self._desk.loading = not all(one.replayed for one in self._links)
-        if not self._desk.loading:
-            self._early_frames.clear()
-            self._early_size = 0
         # What the edge lost when it was replaced, then what it has and we do not know.
         for connection in self._connections.values():
             if connection.link is link and connection.hub is not None:
@@ -507,13 +511,20 @@ class Core:
         requests, self._early_requests = self._early_requests, []
         for link, request in requests:
             self._hear_request(link, request, now)
+        frames, self._early_frames = self._early_frames, []
+        for conn, blocks in frames:
+            self._hear_frames(conn, blocks, now)
 
     # --- frames
 
     def _hear_frames(self, conn: int, blocks: bytes, now: float) -> None:
+        if not self._serving:
+            # Also those of a connection we know: whom they are for may not be replayed yet.
+            self._keep_early(conn, blocks)
+            return
         connection = self._connections.get(conn)
         if connection is None or connection.port is None or connection.hub is None:
-            self._keep_early(conn, blocks, known=connection is not None)
+            self._lose("frames of connections without a session")
             return
         hub, port = connection.hub, connection.port
         self._mark.begin(conn, 0)
@@ -526,15 +537,13 @@ class Core:
             self._teach(connection, hub, port, candidates, now)
         self._mark.end()
 
-    def _keep_early(self, conn: int, blocks: bytes, *, known: bool) -> None:
-        """Frames of a connection whose replay has not come yet."""
-        if known or all(link.replayed for link in self._links):
-            self._lose("frames of connections without a session")
-        elif self._early_size + len(blocks) > _MAX_EARLY_FRAMES:
+    def _keep_early(self, conn: int, blocks: bytes) -> None:
+        """Frames that came before all edges have told what there is; in their order."""
+        if self._early_size + len(blocks) > _MAX_EARLY_FRAMES:
             self._lose("frames before the replay")
-        else:
-            self._early_frames.setdefault(conn, []).append(blocks)
-            self._early_size += len(blocks)
+            return
+        self._early_frames.append((conn, blocks))
+        self._early_size += len(blocks)
 
     def _deliver(self, sender: Port, run: Run, blocks: bytes) -> None:
         part = blocks if run.end - run.start == len(blocks) else blocks[run.start : run.end]
