@@ -16,13 +16,16 @@ from pkvpn.channel import (
     Counts,
     Flow,
     FlowSeen,
+    Frames,
     FramesOut,
     Hello,
     Mode,
+    Opened,
     Replayed,
     Request,
     State,
     Unflow,
+    join_blocks,
 )
 from pkvpn.core.login import LoginDesk
 from pkvpn.watchdog.control import ControlError
@@ -295,14 +298,17 @@ def test_sessions_and_flows_survive_a_core(tree: Tree, edge: Edge) -> None:
     assert edge.log_in(3)[1].session_name == "SID-U1-3"
 
 
-def test_frames_that_come_before_the_replay_are_not_lost(tree: Tree, edge: Edge) -> None:
+@pytest.mark.parametrize("sender_first", [True, False])
+def test_frames_that_come_before_the_replay_are_not_lost(
+    tree: Tree, edge: Edge, sender_first: bool
+) -> None:
     one, two = two_clients(edge)
     tree.end_core()
     edge.send(one.conn, frame(EVERYBODY, A))
     tree.start()
     edge.send(one.conn, frame(EVERYBODY, A))
     epoch = edge.hear(Hello).epoch
-    edge.replay(epoch, two, one)
+    edge.replay(epoch, *((one, two) if sender_first else (two, one)))
     assert edge.receive() == ((two.conn,), [frame(EVERYBODY, A)] * 2)
 
 
@@ -411,6 +417,41 @@ def test_a_request_that_kills_two_cores_is_not_given_to_a_third(tree: Tree, edge
     edge.say(Request(conn, 2, b"the one"))
     state = edge.hear(State)
     assert (state.conn, state.mode) == (conn, Mode.CLOSING)
+
+
+def test_a_bug_in_a_login_costs_one_connection(tree: Tree) -> None:
+    def fail(*_args: object) -> None:
+        raise ZeroDivisionError
+
+    def break_additional() -> None:
+        LoginDesk._add_connection = fail  # type: ignore[method-assign, assignment]
+
+    tree.start(break_additional)
+    edge = tree.edges[0]
+    edge.begin()
+    conn, _, _ = edge.greet(1)
+    assert edge.request(conn, 2, additional(bytes(20))).mode is Mode.CLOSING
+    assert edge.log_in(2)[0].mode is Mode.BLOCKS
+
+
+def test_an_edge_has_no_say_in_connections_of_another(tmp_path: Path) -> None:
+    tree = Tree(tmp_path, edges=2)
+    try:
+        tree.add_accounts()
+        tree.start()
+        good, bad = tree.edges
+        good.begin()
+        bad.begin()
+        state, _ = good.log_in(1)
+        other, _ = bad.log_in(1, "u2", "pw2")
+        bad.say(Closed(state.conn, "not mine"), Frames(state.conn, join_blocks([frame(B, A)])))
+        bad.say(Request(good.conn(9), 1, SIGNATURE), Opened(good.conn(9), "x:1", "y:1", "z"))
+        bad.send(other.conn, frame(EVERYBODY, B))
+        assert good.receive() == ((state.conn,), [frame(EVERYBODY, B)])
+        assert tree.ask("session.list", hub="T")[0]["connections"] == 1
+        assert tree.ask("status")["connections"] == 2
+    finally:
+        tree.close()
 
 
 def test_a_stop_ends_the_core_in_peace(tree: Tree, edge: Edge) -> None:
