@@ -10,6 +10,7 @@ the two codes that users need to see (8 no such hub, 9 not authenticated).
 
 import hmac
 import ipaddress
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -55,6 +56,9 @@ CANARY_GENERATION = 0
 
 _NO_KEY = bytes(20)
 
+# From where users have logged in with success: so many are remembered.
+_MAX_FAMILIAR = 8192
+
 
 def address_key(peer: str) -> str:
     """What attempts are counted by: an IPv4 address, or the /64 of an IPv6 address.
@@ -81,7 +85,7 @@ class Outcome:
     close: str = ""  # why the connection is to be closed behind the reply; "": it is not
     session: Session | None = None  # the connection is part of it from now on
     replaces: Session | None = None  # a stale session of the same client, to be ended
-    displaces: int = 0  # a connection of the session that the client has lost, to be closed
+    displaces: tuple[int, ...] = ()  # of the session, lost by the client: to be closed
     note: str = ""  # for the log
 
 
@@ -115,6 +119,9 @@ class LoginDesk:
         self._by_user = Attempts(
             failures=settings.user_failures, interval=settings.user_failure_interval
         )
+        # (address, user), the latest success last: whoever guesses a user's password from many
+        # addresses must not keep the user itself out.
+        self._familiar: OrderedDict[tuple[str, str], None] = OrderedDict()
         self._canary: UserRecord | None = None
         if canary_password:
             self._canary = UserRecord(
@@ -219,10 +226,7 @@ class LoginDesk:
                 blob, ErrorCode.AUTH_TYPE_NOT_SUPPORTED, f"{name}: type {login.auth_type}"
             )
         who = f"{login.hub}\0{login.user}".lower()
-        limited = login.hub != CANARY_HUB
-        if limited and not (
-            self._by_address.allows(address, now) and self._by_user.allows(who, now)
-        ):
+        if login.hub != CANARY_HUB and not self._may_try(address, who, now):
             return self._refuse(
                 blob, ErrorCode.SERVER_CANT_ACCEPT, f"{name}: too many failures, from {address}"
             )
@@ -233,6 +237,7 @@ class LoginDesk:
             code = ErrorCode.AUTH_FAILED if hub_known else ErrorCode.HUB_NOT_FOUND
             return self._refuse(blob, code, f"{name}, from {address}")
         assert user is not None
+        self._remember(address, who)
         if login.monitor_mode:
             return self._refuse(blob, ErrorCode.MONITOR_MODE_DENIED, name)
         hub = self._accounts.hubs.get(user.hub_id)
@@ -249,6 +254,17 @@ class LoginDesk:
         outcome = self._welcome(blob, login, user, now=now, random=random)
         outcome.replaces = stale
         return outcome
+
+    def _may_try(self, address: str, who: str, now: float) -> bool:
+        return self._by_address.allows(address, now) and (
+            (address, who) in self._familiar or self._by_user.allows(who, now)
+        )
+
+    def _remember(self, address: str, who: str) -> None:
+        self._familiar[address, who] = None
+        self._familiar.move_to_end((address, who))
+        if len(self._familiar) > _MAX_FAMILIAR:
+            self._familiar.popitem(last=False)
 
     def _welcome(
         self, blob: Blob, login: Login, user: UserRecord, *, now: float, random: bytes
@@ -334,13 +350,13 @@ class LoginDesk:
                 now=now,
             )
             session.client = message.client
-        displaces = 0
+        displaces: tuple[int, ...] = ()
         if len(session.connections) >= claim.max_connection:
             if claim.max_connection > 1:
                 return self._refuse(blob, ErrorCode.TOO_MANY_CONNECTIONS, session.name)
             # It may have one, and has just made another: it has lost the first, which we shall
-            # only learn after T.
-            (displaces,) = session.connections
+            # only learn after T.  (Two, if a core died between telling two edges.)
+            displaces = tuple(session.connections)
         direction = session.next_direction()
         self._join(blob, session, direction, self._sessions.next_connection_number())
         outcome = _pack(AdditionalReply(direction).to_pack())

@@ -325,7 +325,7 @@ class Core:
                 now,
                 secrets.token_bytes(RANDOM_SIZE),
             )
-        except Exception:  # a bug of ours costs one connection: a stranger could repeat it at will
+        except Exception:  # noqa: BLE001  a stranger could repeat it: it costs one connection only
             _log.exception("%s: request %d", connection.peer, request.number)
             outcome = Outcome(close="internal error")
         if outcome.note:

@@ -331,6 +331,18 @@ def test_a_user_whose_password_is_guessed_from_everywhere_is_protected() -> None
     assert desk.error(login(), now=10.0) == 0
 
 
+def test_who_guesses_from_everywhere_does_not_keep_a_user_out_of_its_own_place() -> None:
+    desk = Desk(user_failures=3, user_failure_interval=10.0, address_failures=3)
+    assert desk.error(login("U1"), address="198.51.100.7") == 0
+    for i in range(5):
+        desk.try_login(login(password="no"), address=f"192.0.2.{i}")
+    assert desk.error(login(), address="192.0.2.200") == 105
+    assert desk.error(login(), address="198.51.100.7") == 0
+    # There it may be wrong as often as any address may.
+    wrong = [desk.error(login(password="no"), address="198.51.100.7") for _ in range(4)]
+    assert wrong == [9, 9, 9, 105]
+
+
 def test_a_good_password_is_never_too_often() -> None:
     desk = Desk(address_failures=3)
     assert [desk.error(login()) for _ in range(10)] == [0] * 10
@@ -383,7 +395,15 @@ def test_a_session_takes_as_many_connections_as_it_was_given() -> None:
 def test_a_client_with_one_connection_that_makes_another_has_lost_the_first() -> None:
     desk, key = with_session()
     outcome = desk.try_login(additional(key))
-    assert (pack_of(outcome.reply).get_int("error"), outcome.displaces) == (0, 1)
+    assert (pack_of(outcome.reply).get_int("error"), outcome.displaces) == (0, (1,))
+
+
+def test_two_connections_where_one_is_allowed_are_both_displaced() -> None:
+    desk, key = with_session()
+    session = desk.sessions.of_connection(1)
+    assert session is not None
+    desk.sessions.attach(session, 99, Direction.BOTH)  # a core died between telling two edges
+    assert desk.try_login(additional(key)).displaces == (1, 99)
 
 
 def test_a_key_that_is_worth_nothing_ends_the_session_at_the_client() -> None:
