@@ -77,7 +77,8 @@ class Replace:
 
 @dataclass(frozen=True)
 class Spawned:
-    """A process exists.  To be said at once after a `Spawn` was carried out."""
+    """A process exists.  To be said at once after a `Spawn` was carried out; its deadline runs
+    since the decision."""
 
     pid: int
 
@@ -260,16 +261,11 @@ class ChildMachine:
         raise ImpossibleEvent(f"{self.spec.name}: {event} while {self.state.value}")
 
     def _spawn(self, event: Event, now: float, lot: float) -> list[Command]:
+        """Somebody wants it to live, and may have done something for that: the deaths before
+        are forgotten."""
         self.wanted_up = True
-        return self._go_starting(now)
-
-    def _spawn_anew(self, event: Event, now: float, lot: float) -> list[Command]:
         self.counter.reset()
-        return self._spawn(event, now, lot)
-
-    def _spawned(self, event: Event, now: float, lot: float) -> list[Command]:
-        self._deadline = now + self.spec.start_timeout
-        return []
+        return self._go_starting(now)
 
     def _spawn_failed(self, event: Event, now: float, lot: float) -> list[Command]:
         self.why = Why.SPAWN_FAILED
@@ -410,24 +406,24 @@ class ChildMachine:
 _M = ChildMachine
 Cell = Callable[[ChildMachine, Event, float, float], list[Command]]
 _fine, _no = _M._ignore, _M._impossible
-_anew, _ready, _died = _M._spawn_anew, _M._ready, _M._died
+_new, _ready, _died = _M._spawn, _M._ready, _M._died
 _up, _down, _off = _M._want_up, _M._want_down, _M._cancel
 _late, _give, _kill = _M._start_timeout, _M._condemn, _M._next_phase
-_over = _M._ask_again
-_born, _none, _back = _M._spawned, _M._spawn_failed, _M._respawn
+_ask, _over, _swap = _M._ask, _M._ask_again, _M._replace
+_none, _back, _gone = _M._spawn_failed, _M._respawn, _M._gone
 
 # One row a state, one column an event.
 # fmt: off
 _COLUMNS: tuple[type[Event], ...] = (
-                    Start,     Dismiss, Stop,    Replace,     Spawned, SpawnFailed, Ready,  Gone,     Condemned, Due)  # noqa: E501
+                    Start, Dismiss, Stop,  Replace, Spawned, SpawnFailed, Ready,  Gone,  Condemned, Due)  # noqa: E501
 _ROWS: dict[State, tuple[Cell, ...]] = {
-    State.DOWN:     (_M._spawn, _fine,  _fine,   _M._spawn,   _no,     _no,         _no,    _no,      _no,       _no),  # noqa: E501
-    State.STARTING: (_up,       _down,  _M._ask, _M._replace, _born,   _none,       _ready, _died,    _give,     _late),  # noqa: E501
-    State.UP:       (_up,       _down,  _M._ask, _M._replace, _no,     _no,         _fine,  _died,    _give,     _no),  # noqa: E501
-    State.STOPPING: (_up,       _down,  _over,   _up,         _no,     _no,         _fine,  _M._gone, _fine,     _kill),  # noqa: E501
-    State.BACKOFF:  (_M._spawn, _off,   _off,    _M._spawn,   _no,     _no,         _no,    _no,      _no,       _back),  # noqa: E501
-    State.FAILING:  (_anew,     _off,   _off,    _anew,       _no,     _no,         _no,    _no,      _no,       _back),  # noqa: E501
-    State.FAILED:   (_anew,     _off,   _off,    _anew,       _no,     _no,         _no,    _no,      _no,       _no),  # noqa: E501
+    State.DOWN:     (_new, _fine,   _fine, _new,    _no,     _no,         _no,    _no,   _no,       _no),  # noqa: E501
+    State.STARTING: (_up,  _down,   _ask,  _swap,   _fine,   _none,       _ready, _died, _give,     _late),  # noqa: E501
+    State.UP:       (_up,  _down,   _ask,  _swap,   _no,     _no,         _fine,  _died, _give,     _no),  # noqa: E501
+    State.STOPPING: (_up,  _down,   _over, _up,     _no,     _no,         _fine,  _gone, _fine,     _kill),  # noqa: E501
+    State.BACKOFF:  (_new, _off,    _off,  _new,    _no,     _no,         _no,    _no,   _no,       _back),  # noqa: E501
+    State.FAILING:  (_new, _off,    _off,  _new,    _no,     _no,         _no,    _no,   _no,       _back),  # noqa: E501
+    State.FAILED:   (_new, _off,    _off,  _new,    _no,     _no,         _no,    _no,   _no,       _no),  # noqa: E501
 }
 # fmt: on
 TABLE: dict[State, dict[type[Event], Cell]] = {

@@ -360,6 +360,28 @@ def test_a_start_by_hand_forgets_the_deaths_before_it() -> None:
     assert Spawn() in told(machine, (CRASH, 1.0))
 
 
+@pytest.mark.parametrize("by_hand", [Start(), Replace()])
+@pytest.mark.parametrize("policy", [OnLimit.GO_ON, OnLimit.GIVE_UP])
+@pytest.mark.parametrize("deaths", [0, 1, 2])
+def test_whoever_is_started_by_hand_has_the_deaths_before_forgotten(
+    by_hand: Event, policy: OnLimit, deaths: int
+) -> None:
+    """From each state without a process: down, backoff, failing or failed."""
+    machine = ChildMachine(spec(Restart.PERMANENT, policy, intensity=2))
+    told(machine, (Start(), 0.0), (Spawned(7), 0.0), (CRASH, 0.0))
+    if deaths == 0:
+        told(machine, (Stop(), 0.0), (CRASH, 0.0))
+        assert machine.state is State.DOWN
+    for _ in range(deaths):
+        told(machine, (CRASH, 0.0))
+        if deaths == 2 and machine.state is State.BACKOFF:
+            machine.expire(0.1)
+    told(machine, (by_hand, 1.0), (Spawned(9), 1.0))
+    assert Spawn() in told(machine, (CRASH, 1.0))  # at once, as after a first death
+    assert told(machine, (CRASH, 1.0)) == [ReportDeath(), A]
+    assert machine.state is State.BACKOFF
+
+
 def test_no_process_to_be_had_is_a_failure_like_a_death_but_without_a_report() -> None:
     machine = ChildMachine(spec())
     told(machine, (Start(), 0.0), (SpawnFailed("EAGAIN"), 0.0))
