@@ -181,7 +181,7 @@ class RequestCutter(_Cutter):
 
     ``max_body`` and ``max_head`` bound what one request may have; how long it may take is
     the caller's to say.  Whatever the peer sends, the only exception that leaves ``feed``
-    is `ProtocolError`; the cutter is of no use after it.
+    and ``first`` is `ProtocolError`; the cutter is of no use after it.
     """
 
     __slots__ = ()
@@ -191,13 +191,21 @@ class RequestCutter(_Cutter):
 
     def feed(self, data: bytes) -> list[bytes]:
         """Return the requests that are whole now, head and body as they came."""
-        self._buffer += data
         requests = []
-        while (request := self._cut()) is not None:
+        request = self.first(data)
+        while request is not None:
             requests.append(request)
-            if not self._buffer:
-                break
+            request = self.first(b"")
         return requests
+
+    def first(self, data: bytes) -> bytes | None:
+        """The next request if it is whole; what is behind it is not looked at.
+
+        For who answers one at a time: a stranger may send thousands at once, each of them costs
+        some microseconds, and what follows the last one is no request.
+        """
+        self._buffer += data
+        return self._cut() if self._buffer else None
 
     def _check_first_line(self, line: bytes) -> None:
         _request_line(line)

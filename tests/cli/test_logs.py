@@ -21,7 +21,7 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def line(kind: str, stream: TextIO | None, message: str = "it works") -> str:
+def line(kind: str, stream: TextIO | None, message: str = "it works", child: str = "core") -> str:
     record = logging.makeLogRecord(
         {
             "name": "pkvpn.core",
@@ -29,7 +29,7 @@ def line(kind: str, stream: TextIO | None, message: str = "it works") -> str:
             "levelname": "WARNING",
             "msg": message,
             "created": 0.25,
-            "processName": "core",
+            "processName": child,
         }
     )
     return logs.make_formatter(kind, stream).format(record)
@@ -64,6 +64,10 @@ def test_a_message_stays_one_harmless_line(kind: str, stream: TextIO | None) -> 
 
     assert "\n" not in text
     assert r"user \x1b[2J\nWARNING core: forged\r" in text
+
+
+def test_the_name_of_a_child_forges_no_line_either() -> None:
+    assert r"x\nWARNING core: it works" in line("plain", None, child="x\nWARNING core")
 
 
 def test_json_is_one_object_a_line() -> None:
