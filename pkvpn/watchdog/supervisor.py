@@ -186,8 +186,13 @@ class Supervisor:
         self._control_fd = table["control"]
         for fd in self._descriptors():
             os.set_inheritable(fd, False)
+        replace_all = bool(table["replace"])
         upgrade.commit()
-        self._listen(table["control"])
+        return self._live(lambda: self._begin_again(replace_all, now))
+
+    def _begin_again(self, replace_all: bool, now: float) -> None:
+        """The first thing after the commit."""
+        self._listen(self._control_fd)
         if self._spec.upgrade is not None and not upgrade.is_copy(self._spec.upgrade.package):
             # From here on, a failure of the next upgrade comes back to this code.
             self._previous, self._archive = (
@@ -198,10 +203,9 @@ class Supervisor:
         for slot in self._slots.values():
             if slot.alive is None:
                 self._tell_machine(slot, machine.Start(), now)
-        if table["replace"] or not self._upgrade_failed:
+        if replace_all or not self._upgrade_failed:
             # Else all children are of this code already, which has never been left.
             self._rollover = Rollover([slot.machine for slot in self._slots.values()])
-        return self._live()
 
     def _open_log(self, read: int, write: int) -> None:
         self._log_write = write
@@ -213,17 +217,36 @@ class Supervisor:
         self._control_fd = listener
         self._control = control.ControlServer(listener, self._selector, self._answer)
 
-    def _live(self) -> int:
+    def _live(self, begin: Callable[[], None] = lambda: None) -> int:
         self._take_signals()
         _adopt_orphans()
         gc.collect()
         gc.freeze()  # what exists now is shared with every child and never looked at again
         try:
+            begin()
             self._advance(time.monotonic())
             self._loop()
+        except Exception as error:
+            self._survive(error)
+            raise
         finally:
             self._finish()
         return self._exit
+
+    def _survive(self, error: Exception) -> None:
+        """A bug of ours that nobody contained: go on as a new image, with all children.
+
+        From the copy of the code before this one if there was one, else of this very code; what
+        went wrong in one moment need not in the next.  Returns if that cannot be, or has been
+        tried too often.
+        """
+        told = "".join(traceback.format_exception(error, limit=-5))
+        self._entry("watchdog-failed", reason=told[-2000:])
+        plan = self._spec.upgrade
+        if plan is None or self._tree.stopping or not upgrade.may_fall(time.monotonic()):
+            return
+        os.environ["PKVPN_UPGRADE_FAILED"] = told[-2000:]
+        self._exec(plan, self._previous if self._previous >= 0 else self._archive, old=True)
 
     def _loop(self) -> None:
         asleep_at, timeout = time.monotonic(), 0.0
@@ -320,6 +343,11 @@ class Supervisor:
             self._tell({"ready": True, "pid": os.getpid(), **self._extra_status()})
         if self._rollover.stuck is not None:
             self._go_back(self._rollover.stuck.spec.name)
+        if self._previous >= 0 and self._rollover.done:
+            # Every child has come up with the new code: there is no way back, and no need.
+            os.close(self._previous)
+            self._previous = -1
+            self._entry("upgraded", image=self._image)
         blocked = self._tree.blocked_by()
         if blocked is not None:
             slot = self._by_machine[id(blocked)]

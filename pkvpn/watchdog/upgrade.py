@@ -34,6 +34,11 @@ from pkvpn.watchdog.spec import Upgrade
 # and the old one goes on.
 VERSION = 1
 
+# A watchdog that fails goes on as a new image so often; then it is the end.
+FALLS = 3
+FALLS_PERIOD = 60.0
+_FALLS = "PKVPN_FALLS"
+
 _LAUNCHER = '''\
 """Resume with the new code, or else with the code that lies in here."""
 import os, sys, traceback
@@ -150,6 +155,15 @@ def commit() -> None:
 def failure() -> str:
     """Why the new code did not resume, if this image is the old one again."""
     return os.environ.pop("PKVPN_UPGRADE_FAILED", "")
+
+
+def may_fall(now: float) -> bool:
+    """Whether an image that has failed may be followed by another: `FALLS` times in
+    `FALLS_PERIOD` seconds.  Counted in the environment, which the next image inherits."""
+    known = [float(word) for word in os.environ.get(_FALLS, "").split()]
+    falls = [at for at in known if at > now - FALLS_PERIOD]
+    os.environ[_FALLS] = " ".join(map(str, [*falls, now]))
+    return len(falls) < FALLS
 
 
 def exec_image(

@@ -254,6 +254,50 @@ def test_code_whose_child_does_not_come_up_is_undone(tiny: Tiny) -> None:
     assert tiny.says()[0] == 4
 
 
+_FALLS = '''
+"""Has the watchdog raise in its loop once for each file `fall`."""
+import os
+from pkvpn.watchdog.supervisor import Supervisor
+
+def arm(directory):
+    wait = Supervisor._until_next_deadline
+    def fall(self, now):
+        if os.path.exists(directory + "/fall"):
+            os.unlink(directory + "/fall")
+            raise RuntimeError("a bug of the watchdog")
+        return wait(self, now)
+    Supervisor._until_next_deadline = fall
+'''
+_ARM = "import tinyd.falls; tinyd.falls.arm(directory)"
+
+
+def test_a_watchdog_that_fails_after_it_has_resumed_is_left_for_the_old_one(tiny: Tiny) -> None:
+    pid = tiny.process.pid
+    (tiny.package / "falls.py").write_text(_FALLS)
+    tiny.write(2, in_main=_ARM)
+    (tiny.directory / "fall").touch()
+    found = tiny.upgrade()
+    assert "a bug of the watchdog" in found["upgrade"]
+    assert found["pid"] == pid
+    eventually(lambda: tiny.status()["state"] == "up")
+    assert tiny.says()[0] == 1
+    assert "watchdog-failed" in tiny.events()
+
+
+def test_a_watchdog_that_fails_goes_on_with_its_children_and_connections(tiny: Tiny) -> None:
+    (tiny.package / "falls.py").write_text(_FALLS)
+    tiny.write(2, in_main=_ARM)
+    assert tiny.upgrade()["upgrade"] == "none"
+    pids, image = tiny.pids(), tiny.status()["watchdog"]["image"]
+    said = tiny.says()
+    (tiny.directory / "fall").touch()
+    eventually(lambda: tiny.status()["watchdog"]["image"] == image + 1)
+    eventually(lambda: tiny.status()["state"] == "up")
+    assert tiny.process.pid == tiny.status()["watchdog"]["pid"]
+    assert tiny.says()[0] == said[0]
+    assert set(tiny.pids()) == set(pids)
+
+
 def test_two_upgrades_at_once_are_one(tiny: Tiny) -> None:
     tiny.write(2, in_main='time.sleep(0.5 * ("--check" in rest))')
     tiny.ask("upgrade")
