@@ -86,20 +86,20 @@ def head(*lines: str, method: str = "POST") -> bytes:
         (head("Transfer-Encoding: chunked")[:-2], "transfer encoding"),
     ],
 )
-def test_who_answers_one_at_a_time_does_not_read_the_others() -> None:
-    cutter = RequestCutter()
-    assert cutter.first(PROBE[:9]) is None
-    assert cutter.first(PROBE[9:] + b"\0 is no request\n" * 1000) == PROBE
-    with pytest.raises(ProtocolError):
-        cutter.first(b"")
-
-
 def test_what_is_refused_as_soon_as_it_is_seen(data: bytes, why: str) -> None:
     with pytest.raises(ProtocolError, match=why):
         RequestCutter().feed(data)
     cutter = RequestCutter()
     with pytest.raises(ProtocolError, match=why):
         [cutter.feed(bytes([byte])) for byte in data]
+
+
+def test_who_answers_one_at_a_time_does_not_read_the_others() -> None:
+    cutter = RequestCutter()
+    assert cutter.first(PROBE[:9]) is None
+    assert cutter.first(PROBE[9:] + b"\0 is no request\n" * 1000) == PROBE
+    with pytest.raises(ProtocolError):
+        cutter.first(b"")
 
 
 def test_what_is_just_within_the_limits() -> None:
