@@ -296,7 +296,7 @@ def _check_args(verb: str, known: _Verb, args: Args) -> None:
             names = ", ".join([*known.required, *known.optional]) or "none"
             raise Refused(f"{verb}: unknown argument {name!r}; known are {names}")
         # True is an int to Python, and no number to us.
-        if not isinstance(value, _TYPES[kind]) or (kind == "number" and value in (True, False)):
+        if not isinstance(value, _TYPES[kind]) or (kind == "number" and isinstance(value, bool)):
             raise Refused(f"{verb}: argument {name!r} is not a {kind}")
     for name in known.required:
         if name not in args:

@@ -142,6 +142,12 @@ def test_what_another_process_changed_is_seen(store: Store, tmp_path: Path) -> N
     assert core.replaced == 1
 
 
+def test_the_numbers_0_and_1_are_numbers(store: Store) -> None:
+    control = Control(store, Core())
+    control.answer("hub.add", {"name": "T", "max_sessions": 1})
+    assert control.answer("hub.set", {"name": "T", "storm_frames": 0})["max_sessions"] == 1
+
+
 @pytest.mark.parametrize(
     ("verb", "args", "text"),
     [
