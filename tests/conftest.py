@@ -49,9 +49,9 @@ def nothing_is_left_behind() -> Iterator[None]:
     """No child process, thread or descriptor more than before."""
     descriptors = open_descriptors()
     threads = threading.active_count()
-    children = set(_children())  # of a fixture that serves several tests
+    children = len(_children())  # of a fixture that serves several tests
     yield
-    eventually(lambda: children.issuperset(_children()), within=5.0)
+    eventually(lambda: len(_children()) <= children, within=5.0)
     eventually(lambda: threading.active_count() <= threads, within=5.0)
     more = {fd: what for fd, what in open_descriptors().items() if fd not in descriptors}
     assert not more, f"descriptors left open: {more}"

@@ -362,9 +362,110 @@ def test_known_flows_go_on_while_there_is_no_core(bed: Bed, same_sessions: None)
             assert service.children()["core"]["state"] == "backoff"
             service.pid("core")
             assert time.monotonic() - began > 4.5
-            assert transfer.wait_end() < 1.0
+            # Far from the 5 s; a busy machine makes pauses of its own.
+            assert transfer.wait_end() < 3.0
         ping(two, one.address)
     finally:
         service.config.write_text(text)
         service.cli("reload")
         eventually(service.is_whole, within=20.0)
+
+
+# --- a hub joined to the machine ------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_bridge(bed: Bed) -> Iterator[None]:
+    """Whatever becomes of the test."""
+    yield
+    for bridge in bed.service.json("bridge", "list"):
+        bed.service.cli("bridge", "delete", bridge["device"])
+
+
+@pytest.fixture
+def inside(bed: Bed) -> Iterator[Host]:
+    """A host on the Linux bridge "inside" of the server, which the hub is joined to."""
+    host = Host()
+    try:
+        bed.server.run("ip", "link", "add", "inside", "type", "bridge")
+        bed.server.run("ip", "link", "set", "inside", "up")
+        bed.server.run(
+            "ip", "link", "add", "port9", "type", "veth",
+            "peer", "name", "eth0", "netns", str(host.pid),
+        )  # fmt: skip
+        bed.server.run("ip", "link", "set", "port9", "master", "inside", "up")
+        host.run("ip", "addr", "add", "10.77.0.50/24", "dev", "eth0")
+        host.run("ip", "link", "set", "eth0", "up")
+        yield host
+    finally:
+        host.close()
+        bed.server.run("ip", "link", "del", "inside")
+
+
+def test_a_host_behind_the_bridge_and_a_client_reach_each_other(
+    bed: Bed, inside: Host, no_bridge: None, same_sessions: None
+) -> None:
+    one = bed.clients[0]
+    service = bed.service
+    added = service.json("bridge", "add", "T", "hubtap", "--linux-bridge", "inside")
+    assert added == {"device": "hubtap", "hub": "T", "linux_bridge": "inside", "state": "open"}
+    ping(inside, one.address)
+    ping(one, "10.77.0.50")
+    bed.server.run("ip", "addr", "add", "192.0.2.1/24", "dev", "hubtap")
+
+    def facts() -> dict[str, Any]:
+        device = bed.server.device("hubtap")
+        kept = {key: device[key] for key in ("ifindex", "address", "master", "flags")}
+        return kept | {"addresses": [one["local"] for one in device["addr_info"]]}
+
+    before = facts()
+    assert before["master"] == "inside"
+    with Transfer(inside, one, MEGABYTES_100 // 5, seconds=4.0) as transfer:
+        for part, victims in ((0.2, ["core"]), (0.4, ["edge-1"]), (0.6, ["core", "edge-1"])):
+            transfer.wait_part(part)
+            service.kill(*victims)
+            assert facts() == before
+        transfer.wait_end()
+    service.cli("reload")
+    assert facts() == before
+    ping(one, "10.77.0.50")
+    learnt = {entry["port"] for entry in service.json("mac", "list", "T")}
+    assert "bridge hubtap" in learnt
+
+    service.cli("bridge", "delete", "hubtap")
+    assert service.json("bridge", "list") == []
+    eventually(lambda: "hubtap" not in bed.server.run("ip", "link"))
+
+
+def test_a_bridge_that_the_system_refuses_is_refused_with_the_cause(
+    bed: Bed, no_bridge: None
+) -> None:
+    for words, cause in (
+        (("lo",), "lo: .* no TAP"),
+        (("hubtap", "--linux-bridge", "nosuch"), "hubtap .*nosuch"),
+    ):
+        with pytest.raises(AssertionError, match=cause):
+            bed.service.cli("bridge", "add", "T", *words)
+    assert bed.service.json("bridge", "list") == []
+    assert "hubtap" not in bed.server.run("ip", "link")
+
+
+def test_a_bridge_is_there_again_after_the_service_was(bed: Bed, no_bridge: None) -> None:
+    """Stopped, deleted under it, refused at the start: the rest serves; then it is given."""
+    service, one = bed.service, bed.clients[0]
+    service.stop()
+    assert "state" not in service.json("bridge", "add", "T", "hubtap", "--linux-bridge", "later")
+    service.start()
+    (bridge,) = service.json("bridge", "list")
+    assert re.match("refused: bridge hubtap: .*later", bridge["state"])
+    bed.server.run("ip", "link", "add", "later", "type", "bridge")
+    bed.server.run("ip", "link", "set", "later", "up")
+    try:
+        service.cli("reload")
+        eventually(lambda: service.json("bridge", "list")[0]["state"] == "open")
+        bed.server.run("ip", "addr", "add", "10.77.0.60/24", "dev", "later")
+        one.wait_established()
+        ping(one, "10.77.0.60")
+        service.cli("bridge", "delete", "hubtap")
+    finally:
+        bed.server.run("ip", "link", "del", "later")
