@@ -1,0 +1,287 @@
+"""Logins per second and what one costs; a thousand sessions that do nothing.
+
+    python -m benchmarks.logins [--seconds N] [--rounds N] [--sessions N] [--quick]
+
+The generator is our own client, in processes of its own, against our server and SoftEther's in
+turn: TCP, TLS handshake, login with a password, welcome, end.  CPU is that of all processes of the
+server.  The generators share the processors with it, so the wall clock says less than the CPU
+time; it is the same for both servers.
+
+Then so many sessions at once: time until all are logged in, memory of the server (PSS: what is
+shared is counted once) by session, threads, and CPU while they only send keep-alives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import select
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from benchmarks import common
+from benchmarks.servers import HUB, Ours, Server, SoftEther
+from pkvpn.client.session import VpnClient
+
+HOST, PORT = "127.0.0.1", 443
+# How often a generator of idle sessions looks which of its clients wants to be called.
+LOOK_EVERY = 0.25
+
+
+# --- the generators ------------------------------------------------------------------------------
+
+
+class Generators:
+    """Processes that each run ``work(number, told)`` and report a JSON object.
+
+    ``told`` is a descriptor that becomes readable when they shall come to their end.
+    """
+
+    def __init__(self, count: int, work: Callable[[int, int, Callable[[Any], None]], None]) -> None:
+        self._told, tell = os.pipe()
+        self._tell = tell
+        self._said: list[Any] = []
+        self._pids = []
+        for number in range(count):
+            reading, writing = os.pipe()
+
+            def program(number: int = number, writing: int = writing) -> None:
+                os.close(tell)
+
+                def say(what: Any) -> None:
+                    os.write(writing, json.dumps(what).encode() + b"\n")
+
+                work(number, self._told, say)
+
+            self._pids.append(common.fork(program))
+            os.close(writing)
+            self._said.append(os.fdopen(reading, encoding="utf-8"))
+        os.close(self._told)
+
+    def hear(self) -> list[Any]:
+        """The next line of each."""
+        lines = [said.readline() for said in self._said]
+        if not all(lines):
+            raise RuntimeError("a generator ended before its time; its error stands above")
+        return [json.loads(line) for line in lines]
+
+    def tell(self) -> None:
+        """Have them come to their end."""
+        os.close(self._tell)
+
+    def wait(self) -> None:
+        """Reap them."""
+        for pid, said in zip(self._pids, self._said, strict=True):
+            os.waitpid(pid, 0)
+            said.close()
+
+    def kill(self) -> None:
+        """End them whatever they do."""
+        common.end(self._pids)
+        for said in self._said:
+            said.close()
+
+
+def log_in_again(seconds: float) -> Callable[[int, int, Callable[[Any], None]], None]:
+    """Log in and leave, again and again."""
+
+    def work(number: int, _told: int, say: Callable[[Any], None]) -> None:
+        user, password = f"u{number % 2 + 1}", f"pw{number % 2 + 1}"
+        took: list[float] = []
+        failed: list[str] = []
+        until = time.monotonic() + seconds
+        while (began := time.monotonic()) < until:
+            with closing(VpnClient(HOST, PORT, HUB, user, password, reconnect=False)) as client:
+                try:
+                    client.connect(10.0)
+                    took.append(time.monotonic() - began)
+                except Exception as error:  # noqa: BLE001 - whatever it was, it is no login
+                    failed.append(f"{type(error).__name__}: {error}")
+        say({"took": took, "failed": failed[:3], "failures": len(failed)})
+
+    return work
+
+
+def stay(sessions: int) -> Callable[[int, int, Callable[[Any], None]], None]:
+    """Log in so many clients and keep them until told."""
+
+    def work(number: int, told: int, say: Callable[[Any], None]) -> None:
+        user, password = f"u{number % 2 + 1}", f"pw{number % 2 + 1}"
+        clients = []
+        try:
+            for _ in range(sessions):
+                client = VpnClient(HOST, PORT, HUB, user, password)
+                client.connect(30.0)
+                clients.append(client)
+            say("ready")
+            poll = select.poll()
+            poll.register(told, select.POLLIN)
+            by_fd = {client.fileno(): client for client in clients}
+            for fd in by_fd:
+                poll.register(fd, select.POLLIN)
+            while told not in (ready := dict(poll.poll(LOOK_EVERY * 1000))):
+                now = time.monotonic()
+                for fd, client in by_fd.items():
+                    deadline = client.next_deadline()
+                    if fd in ready or (deadline is not None and deadline <= now):
+                        client.handle()
+            say({"established": sum(client.established and client.logins == 1 and
+                                    not client.resumptions for client in clients)})  # fmt: skip
+        finally:
+            for client in clients:
+                client.close()
+
+    return work
+
+
+# --- what is measured ----------------------------------------------------------------------------
+
+
+def rate(server: Server, generators: int, seconds: float) -> dict[str, Any]:
+    """Logins a second, CPU ms of the server for each."""
+    before, began = server.cpu(), time.monotonic()
+    group = Generators(generators, log_in_again(seconds))
+    try:
+        said = group.hear()
+        wall = time.monotonic() - began
+        cpu = server.cpu() - before
+        group.tell()
+        group.wait()
+    except BaseException:
+        group.kill()
+        raise
+    took = [one for each in said for one in each["took"]]
+    if not took:
+        raise RuntimeError(f"{server.name}: no login succeeded: {said[0]['failed']}")
+    return {
+        "per_second": len(took) / wall,
+        "cpu_ms": 1e3 * cpu / len(took),
+        "p50_ms": 1e3 * common.median(took),
+        "failures": sum(each["failures"] for each in said),
+        "failed": [text for each in said for text in each["failed"]][:3],
+    }
+
+
+def idle_sessions(server: Server, generators: int, sessions: int, seconds: float) -> dict[str, Any]:
+    """So many sessions at once."""
+    each = sessions // generators
+    pids = server.pids()
+    empty, empty_uss = (sum(common.memory(pid)[what] for pid in pids) for what in ("pss", "uss"))
+    began, cpu = time.monotonic(), server.cpu()
+    group = Generators(generators, stay(each))
+    try:
+        group.hear()
+        took, login_cpu = time.monotonic() - began, server.cpu() - cpu
+        time.sleep(min(5.0, seconds))
+        full, full_uss = (sum(common.memory(pid)[what] for pid in pids) for what in ("pss", "uss"))
+        threads = sum(len(os.listdir(f"/proc/{pid}/task")) for pid in pids)
+        cpu, began = server.cpu(), time.monotonic()
+        time.sleep(seconds)
+        busy = (server.cpu() - cpu) / (time.monotonic() - began)
+        group.tell()
+        established = sum(one["established"] for one in group.hear())
+        group.wait()
+    except BaseException:
+        group.kill()
+        raise
+    assert server.pids() == pids, "a process of the server was replaced"
+    return {
+        "sessions": each * generators,
+        "established_at_end": established,
+        "login_all_s": took,
+        "login_cpu_s": login_cpu,
+        "pss_per_session_kib": 1024 * (full - empty) / (each * generators),
+        "uss_per_session_kib": 1024 * (full_uss - empty_uss) / (each * generators),
+        "pss_mib": full,
+        "threads": threads,
+        "cpu_percent": 100 * busy,
+    }
+
+
+def main() -> None:
+    made = common.parser(__doc__)
+    made.add_argument("--seconds", type=float, default=10.0, help="of logging in, a round (10)")
+    made.add_argument("--rounds", type=int, default=3, help="of logging in (3)")
+    made.add_argument("--generators", type=int, default=4, help="processes of clients (4)")
+    made.add_argument("--sessions", type=int, default=1000, help="idle ones at once (1000)")
+    made.add_argument("--idle", type=float, default=30.0, help="seconds of idling (30)")
+    args = common.parse(made, {"seconds": 2.0, "rounds": 1, "sessions": 100, "idle": 3.0})
+    common.lab()
+    # Two descriptors a client, and what the servers need; they inherit it.
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    result = common.Result("logins", args)
+    with common.work_directory() as directory:
+        measure(result, args, directory)
+    tabulate(result)
+    result.save(plot)
+
+
+def measure(result: common.Result, args: argparse.Namespace, directory: Path) -> None:
+    result.raw = {"logins": {"pkvpn": [], "SoftEther": []}, "sessions": {}}
+    for number in range(args.rounds + 1):
+        place = directory / str(number)
+        place.mkdir()
+        for server in (Ours(place), SoftEther(place)):
+            server.start()
+            try:
+                time.sleep(1.0)
+                if number < args.rounds:
+                    found = rate(server, args.generators, args.seconds)
+                    result.raw["logins"][server.name].append(found)
+                else:
+                    found = idle_sessions(server, args.generators, args.sessions, args.idle)
+                    result.raw["sessions"][server.name] = found
+                print(f"  {server.name}: {json.dumps(found)}", flush=True)
+            finally:
+                server.stop()
+
+
+def tabulate(result: common.Result) -> None:
+    result.columns = ["what", "pkvpn", "SoftEther"]
+    logins, sessions = result.raw["logins"], result.raw["sessions"]
+    for key, label in (
+        ("per_second", "logins a second"), ("cpu_ms", "server's CPU ms a login"),
+        ("p50_ms", "a login, ms (median)"),
+    ):  # fmt: skip
+        cells = [common.median([one[key] for one in logins[s]]) for s in ("pkvpn", "SoftEther")]
+        result.row(label, *cells)
+    for key, label in (
+        ("sessions", "idle sessions"), ("established_at_end", "of them never cut until the end"),
+        ("login_all_s", "time to log all in, s"),
+        ("pss_per_session_kib", "memory a session, KiB (PSS)"),
+        ("uss_per_session_kib", "private memory a session, KiB (USS)"),
+        ("pss_mib", "memory of the server then, MiB (PSS)"),
+        ("threads", "threads of the server"), ("cpu_percent", "CPU while idle, % of one core"),
+    ):  # fmt: skip
+        result.row(label, *(sessions[server][key] for server in ("pkvpn", "SoftEther")))
+    ratio = common.median([one["per_second"] for one in logins["pkvpn"]]) / common.median(
+        [one["per_second"] for one in logins["SoftEther"]]
+    )
+    result.note(f"pkvpn takes {ratio:.2f} times as many logins a second as SoftEther.")
+    failures = {server: sum(one["failures"] for one in found) for server, found in logins.items()}
+    result.note(f"Logins that failed: {failures}.")
+
+
+def plot(figure: Any, result: dict[str, Any]) -> None:
+    """Rate, cost and memory side by side."""
+    logins, sessions = result["raw"]["logins"], result["raw"]["sessions"]
+    columns: dict[str, list[float]] = {
+        "logins a second": [common.median([o["per_second"] for o in logins[s]]) for s in logins],
+        "server's CPU ms a login": [
+            common.median([o["cpu_ms"] for o in logins[s]]) for s in logins
+        ],
+        "KiB a session": [sessions[s]["pss_per_session_kib"] for s in logins],
+    }
+    for axes, (label, values) in zip(figure.subplots(1, 3), columns.items(), strict=True):
+        axes.bar_label(axes.bar(list(logins), values), fmt="%.3g")
+        axes.set_title(label)
+
+
+if __name__ == "__main__":
+    main()
