@@ -52,6 +52,7 @@ setup(
         "dev": [
             "coverage>=7.10",  # the first with patch = subprocess, _exit
             "hypothesis>=6.100",
+            "matplotlib>=3.8",  # the plots of benchmarks/
             "mypy>=1.15",
             "pytest>=8.3",
             "pytest-timeout>=2.3",
