@@ -165,7 +165,10 @@ class Service:
         )
         return self._child(
             "canary", canary_main, settings, held=("canary",), duties=(REACH_EDGE, REACH_CORE),
-            accuses=(Accuses(REACH_EDGE, tuple(edges)), Accuses(REACH_CORE, ("core",))),
+            accuses=(
+                Accuses(REACH_EDGE, tuple(edges), times=2),
+                Accuses(REACH_CORE, ("core",), times=2),
+            ),
         )  # fmt: skip
 
     def _child(

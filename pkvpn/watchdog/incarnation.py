@@ -61,6 +61,7 @@ class Incarnation:
         self.said = ""
         self.orders = 0
         self.condemned = ""
+        self.quiet_until = now  # when it beat again after a silence, or was born
         self.mute_at = math.inf  # when the end of its lifeline is held against it
         self.dumped_at = -math.inf
         self.snapshot: dict[str, str] = {}
@@ -121,6 +122,16 @@ class Incarnation:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, [])
         self.process = process
+
+    def beat(self, beat: Beat, now: float) -> None:
+        """To be called for each beat."""
+        if self.is_silent(now):
+            self.quiet_until = now
+        self.beats.append((now, beat))
+
+    def is_silent(self, now: float) -> bool:
+        """Whether it beats so late that what it does not do may be due to that."""
+        return bool(self.beats) and now - self.beats[-1][0] > self.spec.hang_timeout / 2
 
     def order(self, order: Order) -> None:
         """Tell the child; it has room for thousands of orders, or it is gone."""

@@ -465,7 +465,7 @@ class Supervisor:
             for frame in frames:
                 if isinstance(frame, Beat):
                     newest = frame
-                    incarnation.beats.append((now, frame))
+                    incarnation.beat(frame, now)
                 else:
                     self._on_said(slot, incarnation, frame.kind, frame.text, now)
         if newest is not None:
@@ -514,19 +514,31 @@ class Supervisor:
                 self._tell_machine(slot, machine.Condemned(command.verdict.value), now)
 
     def _accuse(self, witness: Slot, accusation: Accusation, now: float) -> None:
-        """Whoever lived when the trouble began, and is up, is deaf.
+        """Whoever beats and does not serve is deaf, unless something else explains the trouble.
 
-        Unless we or the witness were away meanwhile: who asks and then sleeps hears no answer.
+        Who asks while we or he himself or anybody on the way is away or just born, gets no
+        answer and has proved nothing; who is silent is the judge's.
         """
-        witness_since = witness.alive.started_at if witness.alive is not None else now
+        assert witness.alive is not None
+        on_the_way = [witness, *(self._slots[name] for name in witness.alive.witness.knows())]
+        for slot in on_the_way:
+            alive = slot.alive
+            if (
+                alive is None
+                or slot.machine.state is not State.UP
+                or max(alive.quiet_until, self._back_at) > accusation.since
+                or alive.is_silent(now)
+            ):
+                self._entry(
+                    "not-condemned", child=", ".join(accusation.accused),
+                    text=f"{witness.name} gets no answer ({accusation.duty}), but {slot.name} "
+                    "was away meanwhile",
+                )  # fmt: skip
+                return
         for name in accusation.accused:
             slot = self._slots[name]
-            alive = slot.alive
-            if alive is None or slot.machine.state is not State.UP:
-                continue
-            if max(alive.started_at, witness_since, self._back_at) > accusation.since:
-                continue
-            alive.condemned = Verdict.DEAF.value
+            assert slot.alive is not None  # it is on the way
+            slot.alive.condemned = Verdict.DEAF.value
             self._entry(
                 "condemned", child=name, verdict=Verdict.DEAF.value,
                 text=f"{witness.name} gets no answer ({accusation.duty}) "
@@ -737,7 +749,7 @@ class Supervisor:
             beats=[(now - at, beat) for at, beat in incarnation.beats],
             duties=slot.spec.duties,
             uptime=round(now - incarnation.started_at, 3),
-            restarts=slot.machine.restarts,
+            restarts=incarnation.number - 1,
             said=incarnation.said or None,
         )
 

@@ -1,9 +1,9 @@
 """A child that sees others from outside, as a user does, and says when they do not answer.
 
 Strategy: a witness has duties in which others are accused; while something waits in one of
-them, those are *deaf*: their beats may be fine, but nobody is served.  They are believed
-guilty only if they lived when the trouble began: a witness that asked while somebody was just
-being replaced accuses nobody.
+them, those are *deaf*: their beats are fine, but nobody is served.  They are believed guilty
+only if they, and everybody else whom this witness knows, lived and beat since the trouble began:
+a witness that asked while somebody was just being replaced, or was stopped, accuses nobody.
 """
 
 from __future__ import annotations
@@ -13,11 +13,16 @@ from typing import NamedTuple
 
 class Accuses(NamedTuple):
     """While something waits in ``duty`` for longer than ``patience`` seconds, the children named
-    in ``accused`` are deaf, and not the one that says so."""
+    in ``accused`` are deaf, and not the one that says so.
+
+    ``times``: so many troubles in a row, each of a beginning of its own, and not once well in
+    between; one request that was lost on a busy machine is no proof.
+    """
 
     duty: str
     accused: tuple[str, ...]
     patience: float = 0.0
+    times: int = 1
 
 
 class Accusation(NamedTuple):
@@ -29,12 +34,17 @@ class Accusation(NamedTuple):
 
 
 class Witness:
-    """Knows what one incarnation of a witness has said; makes one accusation of each trouble."""
+    """Knows what one incarnation of a witness has said; counts each trouble once."""
 
     def __init__(self, duties: tuple[str, ...], accuses: tuple[Accuses, ...]) -> None:
         self._duties = duties
         self._accuses = {one.duty: one for one in accuses}
-        self._said: dict[str, float] = {}  # duty -> the trouble that has been passed on
+        self._said: dict[str, float] = {}  # duty -> the trouble that was counted last
+        self._row: dict[str, list[float]] = {}  # duty -> troubles since it was well or accused
+
+    def knows(self) -> set[str]:
+        """Everybody on whom its troubles may depend."""
+        return {name for one in self._accuses.values() for name in one.accused}
 
     def own_duties(self, told: tuple[tuple[int, float], ...]) -> tuple[tuple[int, float], ...]:
         """What of a beat is about the witness itself: nothing waits where others are accused."""
@@ -44,7 +54,7 @@ class Witness:
         )
 
     def accusations(self, told: tuple[tuple[int, float], ...], now: float) -> list[Accusation]:
-        """To be called for each beat; a trouble that goes on is returned once."""
+        """To be called for each beat; ``since`` of what it returns: of the first of the row."""
         found = []
         for name, (_, since) in zip(self._duties, told, strict=True):
             accuses = self._accuses.get(name)
@@ -52,7 +62,12 @@ class Witness:
                 continue
             if not since:
                 del self._said[name]
+                self._row.pop(name, None)
             elif now - since >= accuses.patience:
                 self._said[name] = since
-                found.append(Accusation(name, accuses.accused, since))
+                row = self._row.setdefault(name, [])
+                row.append(since)
+                if len(row) >= accuses.times:
+                    found.append(Accusation(name, accuses.accused, row[0]))
+                    del self._row[name]
         return found

@@ -69,7 +69,7 @@ def _fails() -> bool:
             if name.startswith("test_"):
                 for arguments in _parameters(test):
                     test(**arguments)
-        run_state_machine_as_test(test_machine.LifeOfAChild)  # type: ignore[no-untyped-call]
+        run_state_machine_as_test(test_machine.LifeOfAChild)
     except BaseException:  # noqa: BLE001 - pytest's outcomes are no Exceptions
         return True
     return False

@@ -39,3 +39,12 @@ def test_nobody_is_accused_before_the_patience_of_the_witness_is_over() -> None:
     assert witness.accusations(told, 17.4) == []
     assert witness.accusations(told, 17.5) == [Accusation("reach-core", ("core",), 12.5)]
     assert witness.accusations(told, 30.0) == []
+
+
+def test_as_many_troubles_in_a_row_as_it_takes_and_again_for_the_successors() -> None:
+    witness = Witness(("reach",), (Accuses("reach", ("core",), times=2),))
+    told = [10.0, 10.0, 0.0, 12.0, 14.0, 14.0, 16.0, 18.0]
+    found = [witness.accusations(((0, since),), 20.0) for since in told]
+    accused = [[one.since for one in accusations] for accusations in found]
+    assert accused == [[], [], [], [], [12.0], [], [], [16.0]]
+    assert witness.knows() == {"core"}

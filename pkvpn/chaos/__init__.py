@@ -1,0 +1,1 @@
+"""The laboratory: children of the real tree that misbehave on request.  Nothing else imports it."""
