@@ -296,11 +296,22 @@ class Result:
         folder = Path(self._args.results)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.name}.json"
-        path.write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
+        result = _plain(result)
+        text = json.dumps(result, indent=1, default=str, allow_nan=False)
+        path.write_text(text + "\n", encoding="utf-8")
         print("\n" + render(result), flush=True)
         if plot is not None:
             _draw(folder / f"{self.name}.png", plot, result)
         return path
+
+
+def _plain(value: Any) -> Any:
+    """The same with null for what is not a number, which JSON does not know."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and value != value else value  # noqa: PLR0124
 
 
 def _draw(path: Path, plot: Callable[[Any, dict[str, Any]], None], result: dict[str, Any]) -> None:

@@ -1,0 +1,82 @@
+"""Runs benchmarks one after the other and writes their figures into README.md.
+
+Strategy: each is a process of its own with a limit of time, so one that fails or hangs costs its
+own figures only.  README.md shows what the JSON files say and nothing else: the text between two
+markers is made from them, and a test compares it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.common import HERE, RESULTS, ROOT, load_result, render
+
+README = HERE / "README.md"
+
+# In the order of their time; the seconds are three times what each takes on two processors.
+LIMITS = {
+    "idle": 1800, "respawn": 3600, "logins": 1800, "gaps": 7200, "throughput": 7200, "peers": 3600,
+}  # fmt: skip
+_BLOCK = re.compile(
+    r"(<!-- figures: (?P<name>[a-z]+) -->\n).*?(<!-- end of figures -->)", re.DOTALL
+)
+
+
+def with_figures(text: str, results: Path = RESULTS) -> str:
+    """The text with what stands between its markers made anew."""
+
+    def block(found: re.Match[str]) -> str:
+        result = load_result(found["name"], results)
+        if result is None:
+            body = "Not measured yet.\n"
+        else:
+            body = f"{render(result)}\n"
+            if (results / f"{found['name']}.png").exists():
+                body += f"\n![{found['name']}](results/{found['name']}.png)\n"
+        return f"{found[1]}\n{body}\n{found[3]}"
+
+    return _BLOCK.sub(block, text)
+
+
+def main() -> int:
+    words = sys.argv[1:]
+    passed: list[str] = []
+    if "--" in words:
+        at = words.index("--")
+        words, passed = words[:at], words[at + 1 :]
+    made = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
+    made.add_argument("names", nargs="*", metavar="NAME", help=", ".join(LIMITS))
+    made.add_argument("--quick", action="store_true", help="only see whether they work")
+    made.add_argument("--readme", action="store_true", help="only write README.md")
+    args = made.parse_args(words)
+    if unknown := set(args.names) - set(LIMITS):
+        made.error(f"there is no benchmark {', '.join(sorted(unknown))}")
+    failed = [] if args.readme else run(args.names or list(LIMITS), passed, quick=args.quick)
+    if not args.quick:
+        README.write_text(with_figures(README.read_text(encoding="utf-8")), encoding="utf-8")
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return bool(failed)
+
+
+def run(names: list[str], passed: list[str], *, quick: bool) -> list[str]:
+    """Run them; the names of those that failed."""
+    failed = []
+    for name in names:
+        print(f"=== {name}", flush=True)
+        command = [sys.executable, "-m", f"benchmarks.{name}", *["--quick"] * quick, *passed]
+        try:
+            if subprocess.run(command, cwd=ROOT, check=False, timeout=LIMITS[name]).returncode:
+                failed.append(name)
+        except subprocess.TimeoutExpired:
+            print(f"{name}: not done after {LIMITS[name]} s", file=sys.stderr)
+            failed.append(name)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

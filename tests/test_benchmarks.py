@@ -1,0 +1,126 @@
+"""What benchmarks/README.md says is what was measured, and what was measured can be believed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import socket
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import common
+from benchmarks.__main__ import LIMITS, README, with_figures
+from benchmarks.echo import Asker
+from benchmarks.gaps import LOADED, UNLOADED
+
+
+def a_result(**changes: Any) -> dict[str, Any]:
+    facts = {"processors": 2, "model": "CPU", "kernel": "6", "python": "3.11"}
+    result = {
+        "name": "idle", "commit": "0123456789abcdef", "changed": False, "seed": 1,
+        "date": "2026-01-02T03:04:05+00:00", "duration": 12.3, "settings": {"quick": False},
+        "machine": facts, "notes": ["A note."], "raw": {},
+        "table": {"columns": ["what", "ms"], "rows": [["a", 1.23456], ["b", None], ["c", 1234.5]]},
+    }  # fmt: skip
+    return result | changes
+
+
+def test_the_readme_shows_the_figures_that_were_measured() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert with_figures(text) == text, "run scripts/bench --readme"
+
+
+def test_the_readme_has_a_place_for_every_benchmark() -> None:
+    text = README.read_text(encoding="utf-8")
+    for name in LIMITS:
+        assert text.count(f"<!-- figures: {name} -->\n") == 1, name
+        assert importlib.util.find_spec(f"benchmarks.{name}") is not None, name
+
+
+def test_a_result_says_what_it_depends_on() -> None:
+    for path in common.RESULTS.glob("*.json"):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        assert result["name"] == path.stem
+        assert set(a_result()) <= set(result), path
+        assert len(result["commit"]) == 40, path
+        assert not result["settings"]["quick"], f"{path}: a quick run is no measurement"
+        columns = len(result["table"]["columns"])
+        assert all(len(row) == columns for row in result["table"]["rows"]), path
+
+
+def test_figures_stand_between_their_markers_and_nothing_else_changes(tmp_path: Path) -> None:
+    (tmp_path / "idle.json").write_text(json.dumps(a_result()), encoding="utf-8")
+    text = "before\n<!-- figures: idle -->\nold\n<!-- end of figures -->\nafter\n"
+
+    shown = with_figures(text, tmp_path)
+
+    assert "old" not in shown
+    assert "| a | 1.23 |\n| b | - |\n| c | 1234 |" in shown
+    assert "commit 0123456789, seed 1" in shown
+    assert shown.startswith("before\n")
+    assert shown.endswith("\nafter\n")
+    assert with_figures(shown, tmp_path) == shown
+
+
+def test_a_benchmark_without_a_result_says_so(tmp_path: Path) -> None:
+    text = "<!-- figures: idle -->\n<!-- end of figures -->\n"
+    assert "Not measured yet." in with_figures(text, tmp_path)
+
+
+def test_changed_files_and_quick_runs_are_named() -> None:
+    assert "with changes" in common.render(a_result(changed=True))
+    assert "quick run" in common.render(a_result(settings={"quick": True}))
+
+
+def test_quantiles_are_values_that_were_seen() -> None:
+    values = [float(number) for number in range(1, 101)]
+    assert common.quantile(values, 0.95) == 96.0
+    assert common.quantile(values, 1.0) == 100.0
+    assert common.median([3.0, 1.0, 2.0]) == 2.0
+
+
+def test_the_cpu_time_of_a_process_counts_its_threads() -> None:
+    pid = os.getpid()
+    seconds, times = common.schedstat(pid)
+    assert times > 0
+    assert abs(seconds - common.cpu_seconds(pid)) < max(0.5, seconds / 10)
+    assert common.memory(pid)["uss"] <= common.memory(pid)["rss"]
+
+
+def test_every_action_has_its_share_of_the_rounds() -> None:
+    assert not set(LOADED) & set(UNLOADED)
+    assert not [action for action in (*LOADED, *UNLOADED) if "," in action]
+
+
+@pytest.mark.slow
+def test_an_echo_counts_what_is_lost_and_how_long_it_was_silent() -> None:
+    words = [sys.executable, "-m", "benchmarks.echo", "ask", "127.0.0.1"]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.settimeout(10.0)
+
+        def answer() -> None:
+            # Of 200, swallow 50 in a row and say one twice.
+            for number in range(200):
+                data, sender = sock.recvfrom(100)
+                if not 100 <= number < 150:
+                    sock.sendto(data, sender)
+                if number == 10:
+                    sock.sendto(data, sender)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        asker = Asker([*words, str(sock.getsockname()[1])])
+        try:
+            asker.begin(0.2)
+            found = asker.finish()
+        finally:
+            asker.close()
+            thread.join()
+    assert (found["due"], found["sent"], found["lost"], found["twice"]) == (200, 200, 50, 1)
+    assert found["silence_ms"] >= 45
