@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -53,6 +54,8 @@ def lab() -> None:
     del os.environ[_IN_LAB]
     subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=755", "none", "/run"], check=True)
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # thousands of connections
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     # A client that opens a connection every millisecond leaves 60,000 in TIME_WAIT.
     Path("/proc/sys/net/ipv4/ip_local_port_range").write_text("1024 65535")
     worker = os.fork()

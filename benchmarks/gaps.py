@@ -32,8 +32,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import common
-from benchmarks.beds import echoes, established, stock_bed
+from benchmarks.beds import SERVER, echoes, established, stock_bed
 from benchmarks.echo import Asker
+from benchmarks.idlers import Idlers
 from benchmarks.servers import Ours
 from pkvpn.watchdog.control import ControlError
 from tests.system.bed import Bed
@@ -51,6 +52,8 @@ TRANSFER_SECONDS = 20.0
 # A figure counts only if so much of what was due was sent.
 MIN_SENT = 0.95
 SOFTETHER_WAITS = 40.0
+# Processes that hold the idle sessions.
+IDLERS = 4
 
 
 # --- what is done --------------------------------------------------------------------------------
@@ -217,20 +220,34 @@ def main() -> None:
     made.add_argument("--actions", default=",".join((*LOADED, *UNLOADED)), help="what is done")
     made.add_argument("--transfer", type=float, default=100.0, metavar="MBIT",
                       help="paced TCP each way beside it; 0: none (100)")  # fmt: skip
+    made.add_argument("--idle", type=int, default=0, metavar="N",
+                      help="so many idle sessions of our client beside it (0)")  # fmt: skip
     made.add_argument("--softether", type=int, default=2, help="kills of SoftEther's core (2)")
     args = common.parse(made, {"rounds": 2, "softether": 1})
+    if args.quick:
+        args.idle, args.rounds = min(args.idle, 100), min(args.rounds, 2)
     actions = args.actions.split(",")
     if unknown := set(actions) - {*LOADED, *UNLOADED}:
         made.error(f"there is no action {', '.join(sorted(unknown))}")
     common.lab()
-    result = common.Result("gaps", args)
+    result = common.Result("gaps-idle" if args.idle else "gaps", args)
     result.columns = [
         "done to the server", "rounds", "longest silence, median ms", "p95 ms", "max ms",
         "datagrams", "lost", "came twice", "sent of those due, %",
     ]  # fmt: skip
     with common.work_directory() as directory:
         with stock_bed(directory, "pkvpn") as (bed, server):
-            run_ours(result, args, actions, bed, server)
+            if not args.idle:
+                run_ours(result, args, actions, bed, server)
+            else:
+                idlers = Idlers(bed.server.beside, SERVER, args.idle, IDLERS)
+                try:
+                    run_ours(result, args, actions, bed, server)
+                    result.note(
+                        f"{idlers.close()} of {idlers.sessions} idle sessions stayed whole."
+                    )
+                finally:
+                    idlers.kill()
         if args.softether:
             run_softether(result, args, directory)
     result.save(plot)

@@ -16,8 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
-import select
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -25,43 +23,34 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import common
+from benchmarks.idlers import Idlers
 from benchmarks.servers import HUB, Ours, Server, SoftEther
 from pkvpn.client.session import VpnClient
 
 HOST, PORT = "127.0.0.1", 443
-# How often a generator of idle sessions looks which of its clients wants to be called.
-LOOK_EVERY = 0.25
 
 
 # --- the generators ------------------------------------------------------------------------------
 
 
 class Generators:
-    """Processes that each run ``work(number, told)`` and report a JSON object.
+    """Processes that each run ``work(number, say)``; what they say is JSON, an object a line."""
 
-    ``told`` is a descriptor that becomes readable when they shall come to their end.
-    """
-
-    def __init__(self, count: int, work: Callable[[int, int, Callable[[Any], None]], None]) -> None:
-        self._told, tell = os.pipe()
-        self._tell = tell
+    def __init__(self, count: int, work: Callable[[int, Callable[[Any], None]], None]) -> None:
         self._said: list[Any] = []
         self._pids = []
         for number in range(count):
             reading, writing = os.pipe()
 
             def program(number: int = number, writing: int = writing) -> None:
-                os.close(tell)
-
                 def say(what: Any) -> None:
                     os.write(writing, json.dumps(what).encode() + b"\n")
 
-                work(number, self._told, say)
+                work(number, say)
 
             self._pids.append(common.fork(program))
             os.close(writing)
             self._said.append(os.fdopen(reading, encoding="utf-8"))
-        os.close(self._told)
 
     def hear(self) -> list[Any]:
         """The next line of each."""
@@ -69,10 +58,6 @@ class Generators:
         if not all(lines):
             raise RuntimeError("a generator ended before its time; its error stands above")
         return [json.loads(line) for line in lines]
-
-    def tell(self) -> None:
-        """Have them come to their end."""
-        os.close(self._tell)
 
     def wait(self) -> None:
         """Reap them."""
@@ -87,10 +72,10 @@ class Generators:
             said.close()
 
 
-def log_in_again(seconds: float) -> Callable[[int, int, Callable[[Any], None]], None]:
+def log_in_again(seconds: float) -> Callable[[int, Callable[[Any], None]], None]:
     """Log in and leave, again and again."""
 
-    def work(number: int, _told: int, say: Callable[[Any], None]) -> None:
+    def work(number: int, say: Callable[[Any], None]) -> None:
         user, password = f"u{number % 2 + 1}", f"pw{number % 2 + 1}"
         took: list[float] = []
         failed: list[str] = []
@@ -107,38 +92,6 @@ def log_in_again(seconds: float) -> Callable[[int, int, Callable[[Any], None]], 
     return work
 
 
-def stay(sessions: int) -> Callable[[int, int, Callable[[Any], None]], None]:
-    """Log in so many clients and keep them until told."""
-
-    def work(number: int, told: int, say: Callable[[Any], None]) -> None:
-        user, password = f"u{number % 2 + 1}", f"pw{number % 2 + 1}"
-        clients = []
-        try:
-            for _ in range(sessions):
-                client = VpnClient(HOST, PORT, HUB, user, password)
-                client.connect(30.0)
-                clients.append(client)
-            say("ready")
-            poll = select.poll()
-            poll.register(told, select.POLLIN)
-            by_fd = {client.fileno(): client for client in clients}
-            for fd in by_fd:
-                poll.register(fd, select.POLLIN)
-            while told not in (ready := dict(poll.poll(LOOK_EVERY * 1000))):
-                now = time.monotonic()
-                for fd, client in by_fd.items():
-                    deadline = client.next_deadline()
-                    if fd in ready or (deadline is not None and deadline <= now):
-                        client.handle()
-            say({"established": sum(client.established and client.logins == 1 and
-                                    not client.resumptions for client in clients)})  # fmt: skip
-        finally:
-            for client in clients:
-                client.close()
-
-    return work
-
-
 # --- what is measured ----------------------------------------------------------------------------
 
 
@@ -150,7 +103,6 @@ def rate(server: Server, generators: int, seconds: float) -> dict[str, Any]:
         said = group.hear()
         wall = time.monotonic() - began
         cpu = server.cpu() - before
-        group.tell()
         group.wait()
     except BaseException:
         group.kill()
@@ -169,13 +121,11 @@ def rate(server: Server, generators: int, seconds: float) -> dict[str, Any]:
 
 def idle_sessions(server: Server, generators: int, sessions: int, seconds: float) -> dict[str, Any]:
     """So many sessions at once."""
-    each = sessions // generators
     pids = server.pids()
     empty, empty_uss = (sum(common.memory(pid)[what] for pid in pids) for what in ("pss", "uss"))
     began, cpu = time.monotonic(), server.cpu()
-    group = Generators(generators, stay(each))
+    idlers = Idlers(lambda *command: list(command), HOST, sessions, generators)
     try:
-        group.hear()
         took, login_cpu = time.monotonic() - began, server.cpu() - cpu
         time.sleep(min(5.0, seconds))
         full, full_uss = (sum(common.memory(pid)[what] for pid in pids) for what in ("pss", "uss"))
@@ -183,20 +133,18 @@ def idle_sessions(server: Server, generators: int, sessions: int, seconds: float
         cpu, began = server.cpu(), time.monotonic()
         time.sleep(seconds)
         busy = (server.cpu() - cpu) / (time.monotonic() - began)
-        group.tell()
-        established = sum(one["established"] for one in group.hear())
-        group.wait()
+        established = idlers.close()
     except BaseException:
-        group.kill()
+        idlers.kill()
         raise
     assert server.pids() == pids, "a process of the server was replaced"
     return {
-        "sessions": each * generators,
+        "sessions": idlers.sessions,
         "established_at_end": established,
         "login_all_s": took,
         "login_cpu_s": login_cpu,
-        "pss_per_session_kib": 1024 * (full - empty) / (each * generators),
-        "uss_per_session_kib": 1024 * (full_uss - empty_uss) / (each * generators),
+        "pss_per_session_kib": 1024 * (full - empty) / (idlers.sessions),
+        "uss_per_session_kib": 1024 * (full_uss - empty_uss) / (idlers.sessions),
         "pss_mib": full,
         "threads": threads,
         "cpu_percent": 100 * busy,
@@ -212,9 +160,6 @@ def main() -> None:
     made.add_argument("--idle", type=float, default=30.0, help="seconds of idling (30)")
     args = common.parse(made, {"seconds": 2.0, "rounds": 1, "sessions": 100, "idle": 3.0})
     common.lab()
-    # Two descriptors a client, and what the servers need; they inherit it.
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     result = common.Result("logins", args)
     with common.work_directory() as directory:
         measure(result, args, directory)

@@ -237,7 +237,7 @@ def peers(directory: Path) -> list[Peer]:
             "[circus]\ncheck_delay = 0.05\n"
             "endpoint = tcp://127.0.0.1:7300\npubsub_endpoint = tcp://127.0.0.1:7301\n"
             f"[watcher:service]\ncmd = {program} --fd $(circus.sockets.door) --beat {BEAT_PORT}\n"
-            "use_sockets = True\ngraceful_timeout = 1\n"
+            "use_sockets = True\nstop_signal = KILL\n"
             f"[socket:door]\nhost = 127.0.0.1\nport = {PORT}\n"
             "[plugin:watchdog]\nuse = circus.plugins.watchdog.WatchDog\n"
             f"ip = 127.0.0.1\nport = {BEAT_PORT}\nloop_rate = 0.1\nmax_count = 3\n"
@@ -271,7 +271,11 @@ def peers(directory: Path) -> list[Peer]:
         ("pkvpn.watchdog", "defaults: beat 0.2 s, hang 1 s", tree),
         ("floor: preloaded fork loop", "no watching at all", fork_loop),
         ("supervisord", "autorestart=true, startsecs=0; it has no hang detection", supervisord),
-        ("circus", "check_delay 0.05, its own socket, WatchDog 0.1 s x 3, beat 0.05 s", circus),
+        (
+            "circus",
+            "check_delay 0.05, its own socket, WatchDog 0.1 s x 3, beat 0.05 s, KILL",
+            circus,
+        ),
         ("gunicorn", "sync, 1 worker, preload, timeout 1 s (its smallest)", gunicorn),
         ("runit", "runsv", runit),
         ("s6", "s6-supervise with notification-fd", s6),
