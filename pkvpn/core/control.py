@@ -298,9 +298,22 @@ def _check_args(verb: str, known: _Verb, args: Args) -> None:
         # True is an int to Python, and no number to us.
         if not isinstance(value, _TYPES[kind]) or (kind == "number" and isinstance(value, bool)):
             raise Refused(f"{verb}: argument {name!r} is not a {kind}")
+        if kind == "text" and not _has_bytes(name, value):
+            raise Refused(f"{verb}: argument {name!r} is a text that has no UTF-8")
     for name in known.required:
         if name not in args:
             raise Refused(f"{verb}: argument {name!r} is missing")
+
+
+def _has_bytes(name: str, text: str) -> bool:
+    """JSON can say what neither the database nor a hash can take: half a character."""
+    # What is no UTF-8 at a terminal may be typed as a password, and Python escapes it so.
+    how = "surrogateescape" if name == "password" else "strict"
+    try:
+        text.encode("utf-8", how)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _proof(auth: str, name: str, args: Args) -> tuple[bytes, bytes]:

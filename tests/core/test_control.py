@@ -181,3 +181,27 @@ def test_refusals_name_what_is_wrong(
     with pytest.raises(Refused) as caught:
         control.answer(verb, args)
     assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("verb", "args"),
+    [
+        ("user.add", {"hub": "T", "name": "\ud800", "password": "x"}),
+        ("user.add", {"hub": "T", "name": "u", "password": "\ud800"}),
+        ("user.add", {"hub": "T", "name": "u", "certificate": "-----BEGIN \ud800"}),
+        ("user.delete", {"hub": "T", "name": "\udcff"}),
+        ("bridge.delete", {"device": "\ud800"}),
+    ],
+)
+def test_half_a_character_is_refused(store: Store, verb: str, args: dict[str, Any]) -> None:
+    control = Control(store)
+    control.answer("hub.add", {"name": "T"})
+    with pytest.raises(Refused, match="no UTF-8"):
+        control.answer(verb, args)
+
+
+def test_a_password_may_be_what_is_no_text_at_a_terminal(store: Store) -> None:
+    control = Control(store)
+    control.answer("hub.add", {"name": "T"})
+    control.answer("user.add", {"hub": "T", "name": "u", "password": "\udcff"})
+    assert store.load().users[1].password == user_key("\udcff", "u")
