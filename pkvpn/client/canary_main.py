@@ -8,6 +8,7 @@ edges do not serve, one that came farther that the core does not.
 
 from __future__ import annotations
 
+import encodings.idna  # noqa: F401 - the first connect would import it, in each incarnation
 import logging
 import os
 import select

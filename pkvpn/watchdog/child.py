@@ -43,10 +43,14 @@ EXIT_ORPHAN = 79
 GIVE, DROP, REFUSED = b"G", b"D", b"R"
 MAX_KEY = 64
 
+# As plain numbers and made once: the enumeration costs half a millisecond of each respawn.
+ALL_SIGNALS = frozenset(map(int, signal.valid_signals()))
 # A write to what is gone, or over a limit, is an error where it happens, and no signal.
-_IGNORED = {signal.SIGPIPE, signal.SIGXFSZ}
-# Nobody may change these; Python's own table has None for what C code has set.
-_FIXED = {signal.SIGKILL, signal.SIGSTOP}
+_IGNORED = {int(signal.SIGPIPE), int(signal.SIGXFSZ)}
+_RESET = [
+    (number, signal.SIG_IGN if number in _IGNORED else signal.SIG_DFL)
+    for number in sorted(ALL_SIGNALS - {signal.SIGKILL, signal.SIGSTOP})
+]
 
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -385,9 +389,8 @@ def _exit_code(child: Child, end: SystemExit) -> int:
 def _reset_signals() -> None:
     """Nothing of the watchdog's handlers, nor of what its starter had ignored."""
     signal.set_wakeup_fd(-1)
-    for number in signal.valid_signals():
-        wanted = signal.SIG_IGN if number in _IGNORED else signal.SIG_DFL
-        if number not in _FIXED and signal.getsignal(number) is not wanted:
+    for number, wanted in _RESET:
+        if signal.getsignal(number) is not wanted:
             signal.signal(number, wanted)
 
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from multiprocess import context as multiprocess_context
 
 from pkvpn.watchdog import machine, upgrade
-from pkvpn.watchdog.child import Birth, exec_child, run_child
+from pkvpn.watchdog.child import ALL_SIGNALS, Birth, exec_child, run_child
 from pkvpn.watchdog.held import Kept
 from pkvpn.watchdog.lifeline import LifelineDecoder, Order, encode_order
 from pkvpn.watchdog.spec import ChildSpec
@@ -108,7 +108,7 @@ class Incarnation:
         would be written into our own wake-up pipe by the child."""
         run = exec_child if fresh else run_child
         process = _fork.Process(target=run, args=(birth,), name=birth.name, daemon=False)
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        signal.pthread_sigmask(signal.SIG_BLOCK, ALL_SIGNALS)
         try:
             process.start()
             self.pid = process.pid or 0

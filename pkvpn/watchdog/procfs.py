@@ -162,7 +162,8 @@ def children_of(pid: int) -> list[int]:
         return []
     found: list[int] = []
     for task in tasks:
-        text = _read(f"/proc/{pid}/task/{task}/children", 1 << 20)
+        # 64 KB: some thousand children; a larger buffer costs more than the rest of the call.
+        text = _read(f"/proc/{pid}/task/{task}/children", 1 << 16)
         if text is None:
             if not os.path.exists(f"/proc/{pid}/task/{task}"):
                 continue  # the thread ended meanwhile

@@ -30,7 +30,7 @@ from typing import Any
 import psutil
 
 from pkvpn.watchdog import control, instance, machine, procfs, report, sweep, upgrade
-from pkvpn.watchdog.child import Birth
+from pkvpn.watchdog.child import ALL_SIGNALS, Birth
 from pkvpn.watchdog.held import GIVEN_FLOOR, HeldDescriptors, Kept
 from pkvpn.watchdog.incarnation import ChildEnds, Incarnation
 from pkvpn.watchdog.lifeline import FRAME_SIZE, CorruptLifeline, Kind, Order
@@ -132,6 +132,7 @@ class Supervisor:
         self._rollover = Rollover([])
         self._trial_deadline = math.inf
         self._sweep_until = 0.0
+        self._strangers = False  # somebody below us has ended
         self._back_at = 0.0  # when we were last away
         self._slots = _make_slots(self._all_children(spec))
         self._tree = Tree([slot.machine for slot in self._slots.values()])
@@ -308,6 +309,14 @@ class Supervisor:
             self._trial_deadline = math.inf
             self._trial.kill(f"has not ended within {_TRIAL_TIMEOUT:g} s")
         self._contain(None, lambda: self._advance(now), now)
+        if self._strangers:
+            self._strangers = False
+            self._contain(None, lambda: self._end_strangers(now), now)
+
+    def _end_strangers(self, now: float) -> None:
+        self._reap_strangers()
+        if now < self._sweep_until:
+            self._end_orphans()
 
     def _expire_slot(self, slot: Slot, now: float) -> None:
         if (slot.alive is not None) != (slot.machine.state in _WITH_PROCESS):
@@ -421,10 +430,8 @@ class Supervisor:
                 self._reload(now)
         if signal.SIGQUIT in numbers:
             self._entry("status", status=self._status())
-        if signal.SIGCHLD in numbers:
-            self._reap_strangers()
-            if now < self._sweep_until:
-                self._end_orphans()
+        # Not now: a death of our own may lie in the same turn, and its fork comes first.
+        self._strangers |= signal.SIGCHLD in numbers
 
     def _reap_strangers(self) -> None:
         """Grandchildren whose parents are gone came to us; ours are reaped by their pidfds."""
@@ -885,7 +892,7 @@ class Supervisor:
         # Who goes back finds children of the code that it undoes.
         table = upgrade.write_table({**self._table(archive), "replace": old})
         self._entry("upgrade-exec", image=self._image + 1)
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        signal.pthread_sigmask(signal.SIG_BLOCK, ALL_SIGNALS)
         try:
             upgrade.exec_image(plan, archive, table, self._descriptors(), old=old)
         except OSError as error:
