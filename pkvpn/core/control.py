@@ -298,7 +298,7 @@ def _check_args(verb: str, known: _Verb, args: Args) -> None:
         # True is an int to Python, and no number to us.
         if not isinstance(value, _TYPES[kind]) or (kind == "number" and isinstance(value, bool)):
             raise Refused(f"{verb}: argument {name!r} is not a {kind}")
-        if kind == "text" and not _has_bytes(name, value):
+        if isinstance(value, str) and not _has_bytes(name, value):
             raise Refused(f"{verb}: argument {name!r} is a text that has no UTF-8")
     for name in known.required:
         if name not in args:
