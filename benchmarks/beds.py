@@ -75,6 +75,21 @@ def established(client: StockClient) -> int:
         return 0
 
 
+def connections(bed: Bed) -> set[str]:
+    """The stock clients' TCP connections to the server, by address and port at their end.
+
+    A session goes on when its connection is cut and made again, and the client does not count
+    that; another port tells.
+    """
+    ends = set()
+    for line in Path(f"/proc/{bed.server.pid}/net/tcp").read_text().splitlines()[1:]:
+        _, local, remote, state, *_ = line.split()
+        host = ".".join(str(byte) for byte in reversed(bytes.fromhex(remote[:8])))
+        if state == "01" and local.endswith(":01BB") and host in ("10.99.0.11", "10.99.0.12"):
+            ends.add(f"{host}:{int(remote[9:], 16)}")
+    return ends
+
+
 def clients_cpu(bed: Bed) -> float:
     """CPU seconds of both stock clients."""
     return sum(common.cpu_seconds(pid) for client in bed.clients for pid in client.pids())

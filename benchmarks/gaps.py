@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import common
-from benchmarks.beds import SERVER, echoes, established, stock_bed
+from benchmarks.beds import SERVER, connections, echoes, established, stock_bed
 from benchmarks.echo import Asker
 from benchmarks.idlers import Idlers
 from benchmarks.servers import Ours
@@ -83,10 +83,11 @@ def _signal_all(pids: Sequence[int], number: int) -> None:
         os.kill(pid, number)
 
 
-def a_round(asker: Asker, server: Ours, action: str, seconds: float) -> dict[str, Any]:
+def a_round(bed: Bed, asker: Asker, server: Ours, action: str, seconds: float) -> dict[str, Any]:
     """Do it at a random moment of the first half; what the clients saw of it."""
     common.wait_until(server.settled, 20.0, "all children are up")
     do = prepare(action, server)
+    before = connections(bed)
     asker.begin(seconds)
     time.sleep(random.uniform(0.1, 0.5) * min(seconds, ROUND))
     failed = ""
@@ -94,7 +95,8 @@ def a_round(asker: Asker, server: Ours, action: str, seconds: float) -> dict[str
         do()
     except (OSError, ControlError) as error:  # the round goes on, and says so
         failed = f"{type(error).__name__}: {error}"
-    return asker.finish() | {"failed": failed}
+    found = asker.finish()
+    return found | {"failed": failed, "connections_cut": len(before - connections(bed))}
 
 
 # --- the transfer --------------------------------------------------------------------------------
@@ -173,7 +175,7 @@ def phase(
         with transfers(bed, mbit) as done:
             time.sleep(1.0 if mbit else 0.0)
             for number, action in enumerate(order):
-                found = a_round(asker, server, action, seconds)
+                found = a_round(bed, asker, server, action, seconds)
                 rounds[action].append(found)
                 print(f"  {number + 1}/{len(order)} {action}: {json.dumps(found)}", flush=True)
     after = [established(client) for client in bed.clients]
@@ -199,12 +201,13 @@ def softether(directory: Path, suffix: str, tries: int) -> dict[str, Any]:
             asker.begin(2.0)
             base = asker.finish()["silence_ms"]
             before = [established(client) for client in bed.clients]
-            core = server.core()
+            core, ends = server.core(), connections(bed)
             asker.begin(SOFTETHER_WAITS)
             time.sleep(1.0)
             os.kill(core, signal.SIGKILL)
             found = asker.finish()
             found["base_ms"] = base
+            found["connections_cut"] = len(ends - connections(bed))
             found["established_before"] = before
             states = [client.status() for client in bed.clients]
             found["states_after"] = [state.get("Session Status", "gone") for state in states]
@@ -233,7 +236,8 @@ def main() -> None:
     result = common.Result("gaps-idle" if args.idle else "gaps", args)
     result.columns = [
         "done to the server", "rounds", "longest silence, median ms", "p95 ms", "max ms",
-        "datagrams", "lost", "came twice", "sent of those due, %",
+        "datagrams", "lost", "came twice", "connections cut",
+        "sent of those due, %",
     ]  # fmt: skip
     with common.work_directory() as directory:
         with stock_bed(directory, "pkvpn") as (bed, server):
@@ -243,8 +247,10 @@ def main() -> None:
                 idlers = Idlers(bed.server.beside, SERVER, args.idle, IDLERS)
                 try:
                     run_ours(result, args, actions, bed, server)
+                    whole, why = idlers.close()
                     result.note(
-                        f"{idlers.close()} of {idlers.sessions} idle sessions stayed whole."
+                        f"{whole} of {idlers.sessions} idle sessions of our client were never cut"
+                        + (f"; the others: {'; '.join(why)}." if why else ".")
                     )
                 finally:
                     idlers.kill()
@@ -288,7 +294,8 @@ def tabulate(result: common.Result, action: str, rounds: list[dict[str, Any]]) -
     result.row(
         action, len(rounds), common.median(silences), common.quantile(silences, 0.95),
         max(silences), sent, sum(one["lost"] for one in rounds),
-        sum(one["twice"] for one in rounds), 100 * sent / due,
+        sum(one["twice"] for one in rounds), sum(one.get("connections_cut", 0) for one in rounds),
+        100 * sent / due,
     )  # fmt: skip
     if sent < MIN_SENT * due:
         result.note(f"{action}: does not count, the machine was too busy to send.")

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 from benchmarks.common import ROOT
 from benchmarks.servers import HUB
@@ -45,11 +46,18 @@ def stay(host: str, port: int, number: int, sessions: int) -> None:
                 deadline = client.next_deadline()
                 if fd in ready or (deadline is not None and deadline <= now):
                     client.handle()
-        whole = sum(c.established and c.logins == 1 and not c.resumptions for c in clients)
-        print(json.dumps({"whole": whole}), flush=True)
+        cut = [c for c in clients if not c.established or c.logins > 1 or c.resumptions]
+        why = sorted({reason(client) for client in cut})
+        print(json.dumps({"whole": len(clients) - len(cut), "why": why[:5]}), flush=True)
     finally:
         for client in clients:
             client.close()
+
+
+def reason(client: VpnClient) -> str:
+    """What became of a session."""
+    state = "established again" if client.established else f"at stage {client.stage}"
+    return f"{state}, {client.logins} logins, {client.resumptions} resumptions, {client.error!r}"
 
 
 class Idlers:
@@ -83,16 +91,22 @@ class Idlers:
         assert program.stdout is not None
         return program.stdout.readline()
 
-    def close(self) -> int:
-        """End them; how many were never cut."""
-        whole = 0
+    def close(self) -> tuple[int, list[str]]:
+        """End them; how many were never cut, and why the others were."""
+        whole: int = 0
+        why: set[str] = set()
         for program in self._programs:
             assert program.stdin is not None
             program.stdin.close()
         for program in self._programs:
-            whole += int(json.loads(self._line(program) or '{"whole": 0}')["whole"])
+            line = self._line(program)
+            found: dict[str, Any] = (
+                json.loads(line) if line else {"whole": 0, "why": ["its process ended"]}
+            )
+            whole += found["whole"]
+            why.update(found["why"])
         self.kill(after=60.0)
-        return whole
+        return whole, sorted(why)
 
     def kill(self, after: float = 0.0) -> None:
         """End them whatever they do."""

@@ -133,7 +133,7 @@ def idle_sessions(server: Server, generators: int, sessions: int, seconds: float
         cpu, began = server.cpu(), time.monotonic()
         time.sleep(seconds)
         busy = (server.cpu() - cpu) / (time.monotonic() - began)
-        established = idlers.close()
+        established, why = idlers.close()
     except BaseException:
         idlers.kill()
         raise
@@ -141,6 +141,7 @@ def idle_sessions(server: Server, generators: int, sessions: int, seconds: float
     return {
         "sessions": idlers.sessions,
         "established_at_end": established,
+        "why_not": why,
         "login_all_s": took,
         "login_cpu_s": login_cpu,
         "pss_per_session_kib": 1024 * (full - empty) / (idlers.sessions),
