@@ -77,9 +77,7 @@ def test_status_shows_each_child_and_each_listener(
     assert place.vpnserver("status") == OK
     lines = capsys.readouterr().out.splitlines()
 
-    assert lines[0] == (
-        f"Service: up (user mode), watchdog pid {fake.pid}, up 1h02m, sessions: 5"
-    )
+    assert lines[0] == (f"Service: up (user mode), watchdog pid {fake.pid}, up 1h02m, sessions: 5")
     assert lines[2].split()[:3] == ["NAME", "PID", "STATE"]
     assert lines[3].split() == (
         "core 4242 up crash ok 1m15s 3 112ms 2ms 1.5% 30.0M 17".split()  # noqa: SIM905
