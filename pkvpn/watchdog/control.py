@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import logging
 import os
 import selectors
 import socket
@@ -22,8 +21,6 @@ import struct
 import time
 from collections.abc import Callable
 from typing import Any
-
-_log = logging.getLogger(__name__)
 
 # One line, request or answer.  A larger request ends its connection; a larger answer is
 # replaced by an error that says so.
@@ -205,7 +202,9 @@ class ControlServer:
         except ControlError as error:
             return _line({"ok": False, "error": str(error)})
         except Exception as error:  # noqa: BLE001 - a question must not end who answers it
-            _log.exception("%s failed", verb)
+            import logging  # who only asks does not pay for it
+
+            logging.getLogger(__name__).exception("%s failed", verb)
             return _line({"ok": False, "error": f"{verb} failed: {type(error).__name__}: {error}"})
         if len(answer) > MAX_LINE:
             return _line({"ok": False, "error": f"the answer to {verb} is over {MAX_LINE} bytes"})
