@@ -19,9 +19,10 @@ import select
 import socket
 import ssl
 import time
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pkvpn import channel
 from pkvpn.channel import ChannelError, Mode
@@ -48,6 +49,11 @@ _TICK = 0.25
 _COUNTS_INTERVAL = 2.0
 _FLOWS_SEEN_INTERVAL = 10.0
 _MEMORY_INTERVAL = 10.0
+# Connections of this machine itself that are served beyond the limit.  The canary's are among
+# them: it cannot tell an edge that is full from one that is deaf.
+_RESERVE = 8
+# Who waits for a place here and not in the kernel, since somebody of ours may wait behind them.
+_MAX_WAITING = 1024
 
 # Of an empty ring; whole pages.
 _KEPT_MEMORY = 16384
@@ -187,6 +193,8 @@ class Edge:
         self._peers: dict[int, Peer] = {}  # by connection
         self._by_fd: dict[int, Peer] = {}
         self._per_address: dict[str, int] = {}
+        # Accepted, without a place: the socket, whose it is, until when it may wait.
+        self._waiting: deque[tuple[socket.socket, tuple[Any, ...], float]] = deque()
         self._backlog: list[bytes] = []
         # Connections that wait for the core, the one that waits longest first.
         self._asked: dict[int, float] = {}
@@ -242,6 +250,8 @@ class Edge:
             peer.sock.close()
         self._peers.clear()
         self._epoll.close()
+        for sock, _, _ in self._waiting:
+            sock.close()
         for sock in (self._control, self._frames, *self._listeners):
             sock.detach()
         if self._context is not None:
@@ -265,7 +275,8 @@ class Edge:
             except BlockingIOError:
                 child.turn(time.monotonic())
                 time.sleep(0.01)
-        sizes = (settings.max_connections, settings.receive_ring, settings.send_ring)
+        places = settings.max_connections + _RESERVE
+        sizes = (places, settings.receive_ring, settings.send_ring)
         size = os.fstat(self._lock).st_size
         if not size:
             size = checkpoint_size(*sizes)
@@ -440,6 +451,7 @@ class Edge:
         """What is due some times a second."""
         now = self.now
         self._accept_or_not()
+        self._accept_our_own()
         for conn in list(self._not_given):
             self._give(self._peers[conn])
         for key in list(self._not_dropped):
@@ -535,13 +547,10 @@ class Edge:
 
     def _accept_or_not(self, *, pause: bool = False) -> None:
         """Let new clients wait in the kernel while there is no place for them."""
-        wanted = (
-            not pause
-            and self._context is not None
-            and len(self._peers) < self.settings.max_connections
-            and len(self._backlog) < _MAX_BACKLOG
-            and not self.child.stopping
-        )
+        while self._waiting and self._may_accept() and not self._is_full():
+            sock, address, _ = self._waiting.popleft()
+            self._take_in(sock, address)
+        wanted = not pause and self._may_accept() and not self._is_full()
         if wanted != self._accepting:
             self._accepting = wanted
             for listener in self._listeners:
@@ -551,38 +560,79 @@ class Edge:
                 else:
                     self._epoll.unregister(listener)
 
+    def _may_accept(self) -> bool:
+        return (
+            self._context is not None
+            and len(self._backlog) < _MAX_BACKLOG
+            and not self.child.stopping
+        )
+
+    def _is_full(self) -> bool:
+        return len(self._peers) >= self.settings.max_connections
+
+    def _accept_our_own(self) -> None:
+        """While this edge is full: see whether the canary is among those whom no other edge took.
+
+        To be called some times a second.  The others wait on, here.
+        """
+        while self._waiting and self._waiting[0][2] <= self.now:
+            self._waiting.popleft()[0].close()
+        if not self._is_full() or not self._may_accept():
+            return
+        for listener in self._listeners:
+            for _ in range(_ACCEPTS_PER_TURN):
+                accepted = self._accept_one(listener)
+                if accepted is None:
+                    break
+                sock, address = accepted
+                ours = sock.getsockname()[0] == address[0]
+                if ours and len(self._peers) < self.settings.max_connections + _RESERVE:
+                    self._take_in(sock, address)
+                elif len(self._waiting) < _MAX_WAITING:
+                    self._waiting.append((sock, address, self.now + self.settings.login_timeout))
+                else:
+                    self._turn.drops["connections without a place"] += 1
+                    sock.close()
+
     def _accept_some(self, listener: socket.socket) -> None:
         for _ in range(_ACCEPTS_PER_TURN):
             self._accept_or_not()
-            if not self._accepting:
+            accepted = self._accept_one(listener) if self._accepting else None
+            if accepted is None:
                 return
-            try:
-                sock, address = listener.accept()
-            except BlockingIOError:
-                return
-            except OSError as error:
-                if error.errno not in {errno.ECONNABORTED, errno.EPROTO}:
-                    # Most likely there is no descriptor left: look again with the next tick.
-                    _log.warning("accept: %s", error)
-                    self._accept_or_not(pause=True)
-                return
-            self._accept.done += 1
-            limit = self.settings.max_per_address
-            if limit and self._per_address.get(address[0], 0) >= limit:
-                self._turn.drops["connections of one address"] += 1
-                sock.close()
-                continue
-            sock.setblocking(False)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            peer = Peer(sock, self._next_conn(), self.now)
-            peer.address = address[0]
-            peer.peer = f"{address[0]}:{address[1]}"
-            local = sock.getsockname()
-            peer.local = f"{local[0]}:{local[1]}"
-            assert self._context is not None  # nobody is accepted before
-            peer.handshake = Handshake(self._context, self._key_log)
-            self._add(peer)
+            self._take_in(*accepted)
+
+    def _accept_one(self, listener: socket.socket) -> tuple[socket.socket, tuple[Any, ...]] | None:
+        try:
+            accepted = listener.accept()
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            if error.errno not in {errno.ECONNABORTED, errno.EPROTO}:
+                # Most likely there is no descriptor left: look again with the next tick.
+                _log.warning("accept: %s", error)
+                self._accept_or_not(pause=True)
+            return None
+        self._accept.done += 1
+        return accepted
+
+    def _take_in(self, sock: socket.socket, address: tuple[Any, ...]) -> None:
+        limit = self.settings.max_per_address
+        if limit and self._per_address.get(address[0], 0) >= limit:
+            self._turn.drops["connections of one address"] += 1
+            sock.close()
+            return
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        peer = Peer(sock, self._next_conn(), self.now)
+        peer.address = address[0]
+        peer.peer = f"{address[0]}:{address[1]}"
+        local = sock.getsockname()
+        peer.local = f"{local[0]}:{local[1]}"
+        assert self._context is not None  # nobody is accepted before
+        peer.handshake = Handshake(self._context, self._key_log)
+        self._add(peer)
 
     def _next_conn(self) -> int:
         """A name that no connection had or will have."""
