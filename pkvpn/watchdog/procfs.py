@@ -19,6 +19,7 @@ __all__ = [
     "children_of",
     "clocks",
     "descendants",
+    "fd_count",
     "is_zombie",
     "open_inodes",
     "parent_of",
@@ -89,7 +90,7 @@ def read_facts(pid: int) -> Facts | None:
             frozen=_frozen(pid),
             threads=int(fields[17]),
             rss_bytes=int(fields[21]) * _PAGE,
-            fds=_fd_count(pid, _status_number(status, "FDSize")),
+            fds=fd_count(pid, _status_number(status, "FDSize")),
             start_time=int(fields[19]),
             ppid=int(fields[1]),
             session=int(fields[3]),
@@ -271,12 +272,15 @@ def _status_number(status: str, key: str) -> int | None:
     return int(word[0]) if word and word[0].isdigit() else None
 
 
-def _fd_count(pid: int, table_size: int | None) -> int | None:
+def fd_count(pid: int, table_size: int | None = None) -> int | None:
+    """How many descriptors it has open; None if that cannot be read, or not without effort."""
     directory = f"/proc/{pid}/fd"
     try:
         count = os.stat(directory).st_size
         if count > 0:
             return count
+        if table_size is None:
+            table_size = _status_number(_read(f"/proc/{pid}/status") or "", "FDSize")
         if table_size is None or table_size > _COUNTED_FDS:
             return None
         return len(os.listdir(directory))

@@ -1022,7 +1022,9 @@ class Supervisor:
             with slot.facts.oneshot():
                 status["cpu"] = slot.facts.cpu_percent(None)
                 status["rss"] = slot.facts.memory_info().rss
-                status["fds"] = slot.facts.num_fds()
+            # Not psutil's: a listing leaves an entry of each descriptor in the kernel's cache,
+            # which costs 16 ms at the death of a process that had ten thousand.
+            status["fds"] = procfs.fd_count(alive.pid)
         except psutil.Error:
             pass  # ended just now, or /proc does not show it: the rest still counts
         return status
