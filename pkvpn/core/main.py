@@ -760,6 +760,7 @@ class Core:
                     "client": session.client,
                     "peer": connections[0].peer if connections else "",
                     "tls": connections[0].tls if connections else "",
+                    "records": _records(connections),
                     "connections": len(connections),
                     "max_connections": session.claim.max_connection,
                     "half_duplex": session.claim.half,
@@ -839,6 +840,13 @@ class Core:
             "refused_logins": {str(int(code)): n for code, n in self._desk.refused.items()},
             "lost": dict(self._lost),
         }
+
+
+def _records(connections: list[Connection]) -> str:
+    """Whose TLS record layer they have: "own", "openssl", both, or nothing."""
+    # An edge says "TLSv1.3 own TLS_AES_256_GCM_SHA384".
+    found = {connection.tls.split(" ")[1] for connection in connections if " " in connection.tls}
+    return "+".join(sorted(found))
 
 
 def _names(drops: dict[Drop, int]) -> dict[str, int]:

@@ -135,6 +135,7 @@ class StockClient(Host):
         self.command(
             f"AccountPasswordSet {self.account} /PASSWORD:{PASSWORDS[self.user]} /TYPE:standard"
         )
+        self.command(f"AccountRetrySet {self.account} /NUM:999 /INTERVAL:5")
         self.command(f"AccountConnect {self.account}")
         self.run("ip", "addr", "add", f"{self.address}/24", "dev", self.adapter)
         self.run("ip", "link", "set", self.adapter, "up")

@@ -118,7 +118,8 @@ def test_both_are_logged_in_and_their_records_are_our_own(bed: Bed) -> None:
         assert status["Server Product Name"] == "pkvpn"
         assert status["Number of Established Sessions"] == "1 Times"
         (session,) = bed.service.sessions("T", client.user)
-        assert session["tls"].split()[:2] == ["TLSv1.3", "own"]
+        assert session["tls"].split()[0] == "TLSv1.3"
+        assert session["records"] == "own"
         assert session["name"] == status["Session Name"]
 
 
@@ -309,6 +310,7 @@ def test_several_connections_of_one_session(bed: Bed, other: Callable[..., str],
 
         found = eventually(session, within=20.0, every=0.1)
         assert (found["max_connections"], found["half_duplex"]) == (4, half == "yes")
+        assert found["records"] == "own"
         status = one.status(account)
         assert status["Number of TCP Connections"] == "4"
 
