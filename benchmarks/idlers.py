@@ -9,6 +9,7 @@ cut.  `Idlers` runs some of these programs.
 from __future__ import annotations
 
 import json
+import os
 import resource
 import select
 import subprocess
@@ -34,6 +35,7 @@ def stay(host: str, port: int, number: int, sessions: int) -> None:
             client = VpnClient(host, port, HUB, f"u{number}", f"pw{number}")
             client.connect(LOGIN_TIMEOUT)
             clients.append(client)
+        os.nice(10)  # keep-alives have seconds of time; what is measured beside them has none
         print("ready", flush=True)
         poll = select.poll()
         poll.register(sys.stdin, select.POLLIN)

@@ -240,7 +240,7 @@ def plot(figure: Any, result: dict[str, Any]) -> None:
             axes.bar(places, [values[t][what] for t in tests], width, label=NAMES[kind])
             axes.set_xticks([place + 0.4 - width / 2 for place in range(len(tests))], tests)
         axes.set_title(label)
-    axes.legend(fontsize="small")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
 
 
 if __name__ == "__main__":
