@@ -101,7 +101,17 @@ class Slot:
     `save_cold` only prepares: it comes in force with the `save` that follows.
     """
 
-    __slots__ = ("_at", "_cold", "_dirty", "_hot", "_memory", "index", "rx_memory", "tx_memory")
+    __slots__ = (
+        "_at",
+        "_cold",
+        "_dirty",
+        "_hot",
+        "_memory",
+        "_next_cold",
+        "index",
+        "rx_memory",
+        "tx_memory",
+    )
 
     def __init__(self, memory: memoryview, index: int) -> None:
         """Slot ``index`` of this memory, whose header is one of ours."""
@@ -109,8 +119,10 @@ class Slot:
         self._memory = memory
         self._at = _slots_at(slots) + index * SLOT_SIZE
         self._dirty = HEADER_SIZE + slots + index
+        # The copies in force, and the cold one that the next `save` puts in force.
         self._hot = 0
         self._cold = 0
+        self._next_cold = 0
         self.index = index
         rx, tx = self.rings_at()
         self.rx_memory = memory[rx:tx]
@@ -131,7 +143,7 @@ class Slot:
         self.save(hot)
 
     def save_cold(self, cold: Cold) -> None:
-        """Write what the next `save` puts in force."""
+        """Write what the next `save` puts in force; again, if it has changed again by then."""
         other = self._cold ^ 1
         _COLD.pack_into(
             self._memory,
@@ -145,16 +157,15 @@ class Slot:
             len(cold.blob),
             cold.blob,
         )
-        # Not in force before the switch, and never written again while it is.
-        self._cold = other
+        self._next_cold = other
 
     def save(self, hot: tuple[int, int, int, int, int, int, int, int]) -> None:
         """Put all of it in force, in the one write of the switch."""
         other = self._hot ^ 1
         at = self._at
-        _HOT.pack_into(self._memory, at + _HOT_AT + other * _HOT_SIZE, *hot, self._cold)
+        _HOT.pack_into(self._memory, at + _HOT_AT + other * _HOT_SIZE, *hot, self._next_cold)
         self._memory[HEADER_SIZE + self.index] = 1 + other
-        self._hot = other
+        self._hot, self._cold = other, self._next_cold
 
     def set_dirty(self, dirty: bool) -> None:
         """To be called with True before anything is put into a ring."""
@@ -208,7 +219,7 @@ class Slot:
             )
         except ValueError as error:
             raise CheckpointError(f"slot {self.index}: {error}") from None
-        self._hot, self._cold = switch - 1, cold
+        self._hot, self._cold, self._next_cold = switch - 1, cold, cold
         return identity, Hot(*hot), state
 
     def rings(self, received: int, sent: int, hot: Hot) -> tuple[Ring, Ring]:
@@ -233,7 +244,7 @@ class Slot:
         self._memory[HEADER_SIZE + self.index] = 0
         # The keys of a connection go with it.
         self._memory[at + _COLD_AT : at + _COLD_AT + 2 * _COLD_SIZE] = bytes(2 * _COLD_SIZE)
-        self._hot = self._cold = 0
+        self._hot = self._cold = self._next_cold = 0
 
 
 class Checkpoint:

@@ -93,6 +93,7 @@ class Records(Protocol):
 
     kind: str  # "own" or "openssl"
     peer_closed: bool  # a close_notify has come: nothing comes after it
+    whole_at: int  # before the receive ring ends there, `open_all` finds nothing new
 
     def open_all(self, scratch: memoryview, at: int, now: float) -> tuple[int, int]:
         """Put what has come, and was not consumed, into scratch from ``at`` on.
@@ -157,6 +158,7 @@ class OwnRecords:
         "sealer",
         "skip",
         "tx",
+        "whole_at",
     )
 
     def __init__(self, rx: Ring, tx: Ring, opener: Opener, sealer: Sealer, skip: int = 0) -> None:
@@ -167,6 +169,7 @@ class OwnRecords:
         self.sealer = sealer
         self.skip = skip
         self.peer_closed = False
+        self.whole_at = 0
         # A secret has changed since the last cold copy was written.
         self.keys_changed = False
         # Up to this position KeyUpdates have been answered: a message that is not whole brings
@@ -189,13 +192,17 @@ class OwnRecords:
         begin = at + self.skip
         starts = self._starts = []
         marks = self._marks = []
-        while end - position >= HEADER_SIZE and not self.peer_closed:
+        while not self.peer_closed:
+            self.whole_at = position + HEADER_SIZE
+            if self.whole_at > end:
+                break
             offset = (position - base) % size_of_ring
             if offset + HEADER_SIZE <= size_of_ring:
                 size = record_size(memory, offset)
             else:
                 size = record_size(rx.view(position, HEADER_SIZE))
-            if size > end - position:
+            self.whole_at = position + size
+            if self.whole_at > end:
                 break
             starts.append(at)
             marks.append((position, opener.sequence, opener))
@@ -318,6 +325,7 @@ class Connection:
 
     __slots__ = (
         "_batch_left",
+        "_idle_until",
         "_login_bytes",
         "_turn",
         "blob",
@@ -388,6 +396,8 @@ class Connection:
         self.touched = False
         self._turn = turn
         self._batch_left = 0
+        # Up to this position of the receive ring there is nothing new to open.
+        self._idle_until = 0
         self._login_bytes = login_bytes
 
     @property
@@ -526,6 +536,10 @@ class Connection:
         if self.closing or self.request:
             return
         records = self.records
+        if self.rx.end < self._idle_until and self.rx.room():
+            # No record has become whole: a client that sends byte by byte would have all that
+            # waits opened again with each of them.
+            return
         scratch = self._turn.scratch
         at, end = records.open_all(scratch, _HEADROOM, now)
         mode = self.mode
@@ -544,6 +558,7 @@ class Connection:
             if not self.rx.room():
                 raise ConnectionEnds(f"{self.rx.size} bytes and no message")
             self.rx.rewind()
+            self._idle_until = records.whole_at
 
     def _cut_request(self, data: memoryview, now: float) -> None:
         """Find the next request, if it is whole, and leave it where it is until it is answered."""
@@ -553,11 +568,12 @@ class Connection:
             return
         try:
             cutter = RequestCutter(max_body=MAX_REQUEST - MAX_HEAD, max_head=MAX_HEAD)
-            requests = cutter.feed(bytes(data))
+            # Only the first: what is behind it may be anything, and as many as a ring can hold.
+            request = cutter.first(bytes(data[:MAX_REQUEST]))
         except ProtocolError as error:
             raise ConnectionEnds(str(error)) from None
-        if requests:
-            self.request = requests[0]
+        if request is not None:
+            self.request = request
             self.requested_at = now
 
     def _blocks(self, scratch: memoryview, at: int, end: int, now: float) -> int:
@@ -761,6 +777,7 @@ class Connection:
         """
         if self.closing or state.number <= self.number:
             return False
+        self._idle_until = 0  # what has come may mean something else now
         if self.request:
             at, _ = self.records.open_all(self._turn.scratch, _HEADROOM, now)
             self.records.consume(at + len(self.request))

@@ -169,11 +169,13 @@ class OpenSSLRecords:
         "_tx",
         "kind",
         "peer_closed",
+        "whole_at",
     )
 
     def __init__(self, rx: Ring, tx: Ring, shaken: Handshake) -> None:
         self.kind = "openssl"
         self.peer_closed = False
+        self.whole_at = 0  # OpenSSL does not open anything twice
         self._rx = rx
         self._tx = tx
         self._tls = shaken.tls

@@ -66,6 +66,11 @@ _HANDSHAKES_PER_TURN = 8
 _CONTROL_PER_TURN = 256
 _FRAMES_PER_TURN = 64
 
+# Where all places are taken, a connection that is not in the data phase after so long makes room
+# for a new one: else whoever holds them open keeps everybody out, the canary too, whose failure
+# accuses this edge.  Not at once: when many come back at the same time, each needs its turn.
+_STRANGER_STAYS = 1.0
+
 # What is queued for a core that does not read; above it no new connection is accepted.
 _MAX_BACKLOG = 1000
 
@@ -198,6 +203,8 @@ class Edge:
         self._backlog: list[bytes] = []
         # Connections that wait for the core, the one that waits longest first.
         self._asked: dict[int, float] = {}
+        # Connections that are not in the data phase, the one that waits longest first.
+        self._strangers: dict[int, None] = {}
         self._not_given: set[int] = set()
         self._not_dropped: set[bytes] = set()
         self._counted: dict[int, tuple[int, int, int, int, int]] = {}
@@ -355,8 +362,10 @@ class Edge:
         peer.slot = slot
         peer.given = True
         peer.peer, peer.local = identity.peer, identity.local
-        peer.address = identity.peer.rpartition(":")[0]
+        peer.address = _network(identity.peer.rpartition(":")[0])
         self._add(peer)
+        if peer.connection.mode is Mode.HTTP:
+            self._strangers[conn] = None
         if conn == poisoned:
             _log.error("connection %#x from %s killed two edges: closed unread", conn, peer.peer)
             self._close(peer, "two edges died on it")
@@ -427,7 +436,10 @@ class Edge:
                 self._ready(peer, event)
             else:
                 shaking.append((peer, event))
-        # The others come again with the next turn.
+        # The others come again with the next turn.  The newest first: where there are more than can
+        # be served, whoever has waited for long has mostly given up, and a queue that is served in
+        # its order serves nobody in time.
+        shaking.sort(key=lambda item: item[0].conn, reverse=True)
         for peer, event in shaking[:_HANDSHAKES_PER_TURN]:
             self._ready(peer, event)
         for listener in self._listeners:
@@ -568,7 +580,20 @@ class Edge:
         )
 
     def _is_full(self) -> bool:
-        return len(self._peers) >= self.settings.max_connections
+        return len(self._peers) >= self.settings.max_connections and not self._can_make_room()
+
+    def _can_make_room(self) -> bool:
+        """Has a stranger stayed for long enough?"""
+        for oldest in self._strangers:
+            return self.now - self._peers[oldest].accepted_at > _STRANGER_STAYS
+        return False
+
+    def _make_room(self) -> None:
+        """To be called if all places are taken and `_can_make_room`."""
+        oldest = next(iter(self._strangers))
+        del self._strangers[oldest]
+        self._turn.drops["strangers that made room"] += 1
+        self._end(self._peers[oldest], "no place for who does not log in")
 
     def _accept_our_own(self) -> None:
         """While this edge is full: see whether the canary is among those whom no other edge took.
@@ -617,8 +642,9 @@ class Edge:
         return accepted
 
     def _take_in(self, sock: socket.socket, address: tuple[Any, ...]) -> None:
+        network = _network(address[0])
         limit = self.settings.max_per_address
-        if limit and self._per_address.get(address[0], 0) >= limit:
+        if limit and self._per_address.get(network, 0) >= limit:
             self._turn.drops["connections of one address"] += 1
             sock.close()
             return
@@ -626,13 +652,16 @@ class Edge:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         peer = Peer(sock, self._next_conn(), self.now)
-        peer.address = address[0]
+        peer.address = network
         peer.peer = f"{address[0]}:{address[1]}"
         local = sock.getsockname()
         peer.local = f"{local[0]}:{local[1]}"
         assert self._context is not None  # nobody is accepted before
         peer.handshake = Handshake(self._context, self._key_log)
+        if len(self._peers) >= self.settings.max_connections and self._can_make_room():
+            self._make_room()
         self._add(peer)
+        self._strangers[peer.conn] = None
 
     def _next_conn(self) -> int:
         """A name that no connection had or will have."""
@@ -932,6 +961,7 @@ class Edge:
 
     def _tell_closed(self, peer: Peer, why: str) -> None:
         self._flows.close(peer.conn)
+        self._strangers.pop(peer.conn, None)
         self._asked.pop(peer.conn, None)
         self._counted.pop(peer.conn, None)
         connection = peer.connection
@@ -963,6 +993,7 @@ class Edge:
             self._tell_closed(peer, why)
             connection.closing = why
         self._epoll_forget(peer)
+        self._strangers.pop(peer.conn, None)
         self._not_given.discard(peer.conn)
         left = self._per_address[peer.address] - 1
         if left:
@@ -1062,8 +1093,10 @@ class Edge:
             self._login.done += 1
         if connection.closing:
             self._close(peer, connection.closing)
-        else:
-            self._work(peer)
+            return
+        if connection.mode is not Mode.HTTP:
+            self._strangers.pop(state.conn, None)
+        self._work(peer)
 
     def _add_flow(self, flow: channel.Flow) -> None:
         peer, to = self._peers.get(flow.conn), self._peers.get(flow.to_conn)
@@ -1119,3 +1152,11 @@ class Edge:
                 # Each time: who has not room for all of it cuts it.
                 batch[:4] = channel.U32.pack(count)
                 peer.connection.deliver(batch, 0, 4 + size, count, size - 4 * count, self.now)
+
+
+def _network(host: str) -> str:
+    """What connections are counted by: an IPv4 address, or the /64 of an IPv6 address, all of
+    which one stranger has."""
+    if ":" not in host:
+        return host
+    return socket.inet_pton(socket.AF_INET6, host.partition("%")[0])[:8].hex()

@@ -12,6 +12,7 @@ import errno
 import fcntl
 import os
 import socket
+import struct
 from collections.abc import Iterable
 
 from pkvpn.watchdog.child import DROP, GIVE, MAX_KEY, REFUSED
@@ -105,7 +106,7 @@ class Kept:
         if what == DROP and not fds:
             fd = self.descriptors.pop(key, None)
             if fd is not None:
-                os.close(fd)
+                _close([fd])
             return ""
         if what != GIVE or not key:
             return "not a message that gives or drops"
@@ -125,7 +126,7 @@ class Kept:
             os.close(fds[0])
         before = self.descriptors.pop(key, None)
         if before is not None:
-            os.close(before)
+            _close([before])
         self.descriptors[key] = high
         return ""
 
@@ -137,4 +138,16 @@ class Kept:
 def _close(descriptors: Iterable[int]) -> None:
     for fd in descriptors:
         with contextlib.suppress(OSError):
+            _clear_linger(fd)
+        with contextlib.suppress(OSError):
             os.close(fd)
+
+
+def _clear_linger(fd: int) -> None:
+    """With SO_LINGER, which a child may have set, the close of the last copy of a socket waits for
+    the peer, for as long as the child said, non-blocking or not.  Raises OSError if it is none."""
+    sock = socket.socket(fileno=fd)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 0, 0))
+    finally:
+        sock.detach()

@@ -46,6 +46,13 @@ _FALLBACK_RATE = 20.0
 
 _CUT = "... (cut)"
 
+# Beyond it no date is written: the end of the year 9999, less a day for all time zones.
+_MAX_TIME = 253402214400
+
+# A process names itself; what has more names than a tree has children shares what is kept by name.
+_MAX_NAMES = 256
+_OTHERS = "(others)"
+
 
 class _Duty(Protocol):
     done: int
@@ -117,7 +124,10 @@ def decode(message: bytes) -> tuple[bytes, str, int, dict[str, Any]]:
         raise ValueError(f"a message of {len(message)} bytes")
     kind, dropped, size = _HEAD.unpack_from(message)
     at = _HEAD.size + size
-    body = json.loads(message[at:])
+    try:
+        body = json.loads(message[at:])
+    except RecursionError:
+        raise ValueError("the body is nested too deeply") from None
     if not isinstance(body, dict):
         raise ValueError("the body is no object")
     return kind, message[_HEAD.size : at].decode(errors="replace"), dropped, body
@@ -358,6 +368,8 @@ class _Writer:
 
     def _take_record(self, process: str, body: dict[str, Any]) -> None:
         now = time.monotonic()
+        if process not in self._buckets and len(self._buckets) >= _MAX_NAMES:
+            process = _OTHERS
         bucket = self._buckets.get(process)
         if bucket is None:
             bucket = _Bucket(self._settings.rate, self._settings.burst, now)
@@ -442,7 +454,8 @@ def _record(process: str, body: dict[str, Any]) -> logging.LogRecord:
     level = body.get("level")
     level = level if isinstance(level, int) else logging.INFO
     created = body.get("created")
-    created = float(created) if isinstance(created, int | float) else time.time()
+    if not (isinstance(created, int | float) and 0 <= created < _MAX_TIME):  # nor NaN
+        created = time.time()
     record = logging.makeLogRecord(
         {
             "name": str(body.get("logger", "")),

@@ -186,6 +186,59 @@ def keep_alive(size: int) -> bytes:
     return struct.pack("!II", 0xFFFFFFFF, size) + bytes(size)
 
 
+# --- what strangers may try ---------------------------------------------------------------------
+
+
+def test_what_lies_behind_a_request_is_not_read_before_its_answer() -> None:
+    client = Client(World(), 1)
+    client.send(REQUEST + b"\0 is no request\n\n" * 1000)
+    client.turn()
+    assert client.requests == [REQUEST]
+
+
+def test_a_client_that_sends_byte_by_byte_does_not_have_all_opened_again_each_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    opened = []
+    original = Opener.open
+
+    def count(self: Opener, record: memoryview, out: memoryview) -> tuple[int, int]:
+        opened.append(len(record))
+        return original(self, record, out)
+
+    monkeypatch.setattr(Opener, "open", count)
+    client = Client(World(), 1)
+    client.send(REQUEST[:20])
+    client.send(REQUEST[20:])
+    while client.unread:
+        client.turn(limit=1)
+    assert client.requests == [REQUEST]
+    # The first when it is whole, again when the size of the second is known, and with it.
+    assert len(opened) == 4
+
+
+def test_a_state_comes_in_force_whole_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World()
+    client = Client(world, 1)
+    client.send(REQUEST)
+    client.turn()
+    left = []
+    original = Slot.save
+
+    def save(self: Slot, hot: Any) -> None:
+        # What a kill leaves right before the switch.
+        (slot,) = Checkpoint(memoryview(bytearray(world.memory))).left()
+        left.append(slot.load())
+        original(self, hot)
+
+    monkeypatch.setattr(Slot, "save", save)
+    before = client.edge.cold()
+    assert client.edge.apply(client.state(1, reply=b"welcome", key_update=True, blob=b"new"), 0.0)
+    assert [cold for _, _, cold in left] == [before]
+    assert client.edge.slot is not None
+    assert client.edge.slot.load()[2] == client.edge.cold() != before
+
+
 # --- requests and states ------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from pkvpn import channel
 from pkvpn.channel import Mode
+from pkvpn.edge import main
 from pkvpn.edge.main import EdgeSettings
 from pkvpn.protocol.blocks import BlockDecoder
 from tests.edge.conftest import Pem
@@ -501,3 +502,29 @@ def test_two_deaths_on_one_connection_close_it(tree: FakeTree, pair: tuple[Clien
     a.read_to_the_end()
     b.sock.sendall(batch(frame(A, B)))
     assert tree.core.hear_frames()[0] == b.conn
+
+
+def test_who_holds_connections_open_keeps_nobody_out(pem: Pem) -> None:
+    tree = FakeTree(
+        EdgeSettings(
+            index=1, certificate=str(pem.cert), key=str(pem.key), login_timeout=600.0,
+            max_connections=4,
+        )
+    )  # fmt: skip
+    tree.start()
+    try:
+        session = Client(tree).login()
+        for _ in range(8):
+            tree.clients.append(socket.create_connection(tree.address))
+        Client(tree).login()
+        session.sock.sendall(batch(frame(B, A)))  # whoever has logged in stays
+        assert tree.core.hear_frames() == (session.conn, [frame(B, A)])
+    finally:
+        tree.close()
+
+
+def test_one_network_of_ipv6_counts_as_one_address() -> None:
+    one, two = main._network("2001:db8::1"), main._network("2001:db8::2:0:0:1")
+    assert one == two != main._network("2001:db8:0:1::1")
+    assert main._network("fe80::1%eth0") == main._network("fe80::2%eth1")
+    assert main._network("192.0.2.1") != main._network("192.0.2.2")

@@ -312,6 +312,30 @@ def test_odd_fields_of_a_record_are_survived(place: Place) -> None:
     assert " a INFO : 5" in place.log()[0]
 
 
+@pytest.mark.parametrize("created", ["1e400", "NaN", "-1", "1e30", "9" * 400, "true"])
+def test_a_time_that_is_none_is_survived(place: Place, created: str) -> None:
+    place.raw(b'L\0\0\0\0\x01a{"message":"here","created":' + created.encode() + b"}")
+    place.run()
+    assert place.log()[0].endswith(": here")
+
+
+@pytest.mark.parametrize("kind", [b"L", b"J", b"R"])
+def test_a_body_that_is_nested_too_deeply_is_survived(place: Place, kind: bytes) -> None:
+    place.raw(kind + b"\0\0\0\0\x01a" + b"[" * 50000)
+    place.pipe.send_record(record("still here"))
+    place.run()
+    assert "a message that cannot be read" in place.log()[0]
+    assert place.log()[1].endswith("still here")
+
+
+def test_a_process_of_many_names_takes_no_more_memory_for_it(place: Place) -> None:
+    writer = logchild._Writer(LogSettings(state_dir=str(place.directory)))
+    for number in range(1000):
+        writer.take(b"L\0\0\0\0\x03%03d" % number + b'{"message":"x"}')
+    assert len(writer._buckets) == len(writer._tails) == logchild._MAX_NAMES + 1
+    writer.close()
+
+
 def test_a_message_never_exceeds_its_bound() -> None:
     body = {"event": "x", **{f"k{n}": "v" * 3000 for n in range(100)}}
     assert len(logchild.encode(b"J", "p" * 300, 2**40, body)) <= MAX_MESSAGE
