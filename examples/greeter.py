@@ -1,6 +1,6 @@
 """A daemon built on pkvpn.watchdog: greets whoever connects, and cannot be killed one by one.
 
-    python examples/greeter.py /tmp/greeter &
+    python examples/greeter.py /tmp/greeter 7777 &
     ps auxf                              # greeter, with `greeter: log` and `greeter: door` below
     nc -N 127.0.0.1 7777 </dev/null      # hello from incarnation 1
     kill -9 PID-OF-THE-DOOR              # connect again: hello from incarnation 2
@@ -20,9 +20,9 @@ import time
 from pkvpn.watchdog import Child, ChildSpec, HeldSpec, TreeSpec, run_tree
 
 
-def open_door() -> list[int]:
+def open_door(port: int) -> list[int]:
     """Called once, in the watchdog."""
-    return [socket.create_server(("127.0.0.1", 7777)).detach()]
+    return [socket.create_server(("127.0.0.1", port)).detach()]
 
 
 def door(child: Child) -> None:
@@ -47,11 +47,12 @@ def door(child: Child) -> None:
 
 if __name__ == "__main__":
     directory = sys.argv[1]
+    port = int(sys.argv[2]) if len(sys.argv) > 2 else 7777
     spec = TreeSpec(
         name="greeter",
         children=(ChildSpec("door", door, held=("door",), duties=("greet",)),),
         runtime_dir=f"{directory}/run",
         state_dir=f"{directory}/state",
-        held=(HeldSpec("door", open_door),),
+        held=(HeldSpec("door", lambda: open_door(port)),),
     )
     sys.exit(run_tree(spec))

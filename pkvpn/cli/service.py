@@ -275,9 +275,10 @@ def _ask_to_stop(settings: Settings) -> int | None:
 
 
 def _terminate(watchdog: int) -> None:
-    """Send the signal that asks for the same as `stop`."""
+    """Send the signal that asks for the same as `stop`, also to one that somebody has stopped."""
     try:
         signal.pidfd_send_signal(watchdog, signal.SIGTERM)
+        signal.pidfd_send_signal(watchdog, signal.SIGCONT)
     except ProcessLookupError:
         pass
     except PermissionError:

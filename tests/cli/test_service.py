@@ -118,6 +118,13 @@ def test_status_of_a_watchdog_that_hangs_says_so_with_code_4(
         fake.send_signal(signal.SIGCONT)
 
 
+def test_stop_ends_a_service_whose_watchdog_somebody_has_stopped(place: Place) -> None:
+    fake = place.fake()
+    fake.send_signal(signal.SIGSTOP)
+    assert place.vpnserver("stop") == OK
+    assert fake.wait(10.0) == 0
+
+
 def test_status_of_a_killed_service_has_code_1(
     place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
