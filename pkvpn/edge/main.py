@@ -58,7 +58,7 @@ _MAX_WAITING = 1024
 # Of an empty ring; whole pages.
 _KEPT_MEMORY = 16384
 
-# New connections in one turn: a handshake's RSA signature takes a millisecond.
+# New connections in one turn: with an RSA key a handshake takes a millisecond or two.
 _ACCEPTS_PER_TURN = 16
 # Steps of handshakes in one turn, for the same reason: frames wait for it.
 _HANDSHAKES_PER_TURN = 8
