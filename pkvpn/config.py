@@ -308,9 +308,11 @@ class Edge:
 class Canary:
     """[canary]: the client of our own that proves that the service answers."""
 
-    interval: float = _seconds(2.0, 0.05, 3600.0, "Pause between two logins of the canary.")
+    interval: float = _seconds(
+        5.0, 0.05, 3600.0, "From one login of the canary to the next, at the next address."
+    )
     timeout: float = _seconds(
-        5.0, 0.1, 600.0, "Time after which an unanswered login means that the service is deaf."
+        2.0, 0.1, 600.0, "Time after which an unanswered login means that the service is deaf."
     )
 
 

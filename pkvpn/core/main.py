@@ -329,7 +329,7 @@ class Core:
             _log.exception("%s: request %d", connection.peer, request.number)
             outcome = Outcome(close="internal error")
         if outcome.note:
-            _log.info("%s: %s", connection.peer, outcome.note)
+            _log.log(_level(outcome.session), "%s: %s", connection.peer, outcome.note)
         if outcome.replaces is not None:
             self._end_session(outcome.replaces, "its client has logged in again", now)
         if outcome.session is not None:
@@ -402,7 +402,10 @@ class Core:
         if connection is None:
             return
         if connection.session is not None:
-            _log.info("%s: %s: connection ended: %s", connection.peer, connection.session.name, why)
+            session = connection.session
+            _log.log(
+                _level(session), "%s: %s: connection ended: %s", connection.peer, session.name, why
+            )
         self._leave(connection, now)
 
     def _leave(self, connection: Connection, now: float) -> None:
@@ -431,7 +434,7 @@ class Core:
 
     def _end_session(self, session: Session, why: str, now: float) -> None:
         """The session is over, and with it its connections."""
-        _log.info("%s: session ended: %s", session.name, why)
+        _log.log(_level(session), "%s: session ended: %s", session.name, why)
         for conn in self._sessions.end(session, now):
             connection = self._connections[conn]
             hub = connection.hub
@@ -865,6 +868,13 @@ def _take_mark(child: Child) -> Mark:
         return Mark(fd)
     finally:
         os.close(fd)
+
+
+def _level(session: Session | None) -> int:
+    """The canary comes every few seconds: what it does is no news."""
+    return (
+        logging.DEBUG if session is not None and session.hub_id == CANARY_HUB_ID else logging.INFO
+    )
 
 
 def _canary_password(child: Child) -> str:

@@ -200,7 +200,9 @@ class Child:
             if self._asked and not self.stopping:  # again with each beat, until it is heard
                 self._passed_on |= self._say(lifeline.encode_said(Kind.ASKED, self._seq))
             self._lag = 0.0
-            self._next_beat = now + self._birth.beat_interval
+            # At the same moments in all processes: the watchdog wakes once for all their beats.
+            interval = self._birth.beat_interval
+            self._next_beat = now - now % interval + interval
         if self._dumped:
             self._dumped = not self._say(lifeline.encode_said(Kind.DUMPED, self._seq))
         return max(0.0, self._next_beat - now)
