@@ -70,6 +70,7 @@ class Birth:
     settings: Any
     duties: tuple[str, ...]
     oom_score_adj: int
+    log_level: int
     up: int  # lifeline, write end
     down: int  # lifeline, read end
     gifts: int  # SEQPACKET
@@ -422,3 +423,4 @@ def _set_oom_score(value: int) -> None:
 def _route_logging(birth: Birth) -> None:
     root = logging.getLogger()
     root.handlers[:] = [LogPipe(birth.log, birth.name).handler()]
+    root.setLevel(birth.log_level)

@@ -671,6 +671,7 @@ class Supervisor:
             settings=slot.spec.settings,
             duties=slot.spec.duties,
             oom_score_adj=slot.spec.oom_score_adj,
+            log_level=logging.getLogger().level,
             up=ends.up,
             down=ends.down,
             gifts=ends.gifts,
