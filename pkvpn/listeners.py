@@ -50,11 +50,15 @@ class Listeners:
 
     def adopt(self, addresses: tuple[Address, ...], descriptors: list[int]) -> None:
         """Go on with sockets that came through an exec."""
-        by_name = {_bound_to(fd): fd for fd in descriptors}
+        found = {_bound_to(fd): fd for fd in descriptors}
         for address in addresses:
-            if address in by_name:
-                self._open[address] = by_name[address]
-                self._bound[address] = address
+            # Port 0 stands for whatever the system chose then.
+            bound = next(
+                (one for one in found if one == address or (one.host, 0) == tuple(address)), None
+            )
+            if bound is not None:
+                self._open[address] = found.pop(bound)
+                self._bound[address] = bound
             else:
                 self._refused[address] = "refused before the upgrade"
 
