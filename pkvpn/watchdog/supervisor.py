@@ -157,7 +157,7 @@ class Supervisor:
         self._entry("starting", pid=os.getpid())
         return self._live()
 
-    def resume(self, table: dict[str, Any]) -> int:
+    def resume(self, table: dict[str, Any], table_fd: int) -> int:
         """Go on with what the image before an upgrade left; returns the exit code.
 
         Nothing is changed before `upgrade.commit`: if anything is raised until then, the old
@@ -189,6 +189,7 @@ class Supervisor:
             os.set_inheritable(fd, False)
         replace_all = bool(table["replace"])
         upgrade.commit()
+        os.close(table_fd)
         return self._live(lambda: self._begin_again(replace_all, now))
 
     def _begin_again(self, replace_all: bool, now: float) -> None:
@@ -565,14 +566,13 @@ class Supervisor:
         for fd in (incarnation.up, incarnation.pidfd, incarnation.gifts):
             with contextlib.suppress(KeyError):
                 self._selector.unregister(fd)
-        if slot.remains is not None:
-            slot.remains.close()
         slot.alive, slot.remains, slot.ended = None, incarnation, ended
         self._sweep_until = now + _SWEEP_PERIOD
         if incarnation.was_asked_to_end() and not self._tree.stopping:
             self._entry("stop-asked", by=slot.name)
             self._contain(None, lambda: self._stop(now), now)
         self._contain(slot, lambda: self._after_death(slot, ended, now), now)
+        incarnation.close()  # what it said is still known; the report has been sent
         self._contain(None, self._end_orphans, now)
         self._contain(None, lambda: self._advance(now), now)
 
@@ -1094,7 +1094,7 @@ def run_tree(
         lock_path = os.path.join(spec.runtime_dir, instance.LOCK_NAME)
         lock = instance.InstanceLock.adopt(table["lock"], lock_path)
         supervisor = Supervisor(spec, lock=lock, tell=tell, on_reload=on_reload, status=status)
-        return supervisor.resume(table)
+        return supervisor.resume(table, resume_fd)
     try:
         taken = _take_over(spec, tell)
     except (instance.InstanceError, OSError) as error:

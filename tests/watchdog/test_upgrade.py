@@ -188,10 +188,17 @@ def test_a_good_upgrade_keeps_pid_and_connections_and_replaces_every_child(tiny:
 
 
 def test_an_upgrade_after_an_upgrade_and_a_stop(tiny: Tiny) -> None:
+    def held() -> list[int]:
+        processes = (tiny.process.pid, *tiny.pids().values())
+        return [len(os.listdir(f"/proc/{pid}/fd")) for pid in processes]
+
+    before = None
     for version in (2, 3):
         tiny.write(version)
         assert tiny.upgrade()["image"] == version
         assert tiny.says() == (version, version)
+        before = before or held()
+    eventually(lambda: held() == before)
     pids = tiny.pids()
     os.kill(pids["door"], signal.SIGKILL)
     eventually(lambda: tiny.says() == (3, 4))
