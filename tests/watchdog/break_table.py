@@ -13,8 +13,6 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from hypothesis.stateful import run_state_machine_as_test
-
 from pkvpn.watchdog.machine import TABLE, Cell, ChildMachine, Dismiss, Event, State, Stop
 from tests.watchdog import test_machine
 
@@ -63,13 +61,15 @@ def _fails_at_once() -> bool:
 
 
 def _fails() -> bool:
-    """All tests of the machine, called as pytest would; which could not be run in 200 forks."""
+    """All tests of the machine, called as pytest would; which could not be run in 200 forks.
+
+    Not the one with random events: what only chance finds is not held.
+    """
     try:
         for name, test in vars(test_machine).items():
             if name.startswith("test_"):
                 for arguments in _parameters(test):
                     test(**arguments)
-        run_state_machine_as_test(test_machine.LifeOfAChild)
     except BaseException:  # noqa: BLE001 - pytest's outcomes are no Exceptions
         return True
     return False

@@ -360,6 +360,15 @@ def test_a_start_by_hand_forgets_the_deaths_before_it() -> None:
     assert Spawn() in told(machine, (CRASH, 1.0))
 
 
+@pytest.mark.parametrize("make", [starting, up, stopping])
+def test_the_last_wish_counts_while_a_process_is_there(make: Callable[[], ChildMachine]) -> None:
+    machine = make()
+    for wish, wanted in ((Dismiss(), False), (Start(), True), (Dismiss(), False), (Start(), True)):
+        told(machine, (wish, 20.0))
+        assert machine.wanted_up == wanted
+    assert Spawn() in told(machine, (CRASH, 20.0))
+
+
 @pytest.mark.parametrize("by_hand", [Start(), Replace()])
 @pytest.mark.parametrize("policy", [OnLimit.GO_ON, OnLimit.GIVE_UP])
 @pytest.mark.parametrize("deaths", [0, 1, 2])
