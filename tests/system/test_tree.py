@@ -125,7 +125,8 @@ def test_a_child_that_goes_wrong_is_judged_and_replaced_and_no_client_notices(
     assert found is not None
     verdict, why, number = VERDICTS[way]
     assert (found["class"], found["why"], found["signal"]) == (verdict, why, number)
-    if way not in ("kill", "exit"):
+    # Who stops all its threads again and again may be killed in the middle of its stacks.
+    if way not in ("kill", "exit", "stop"):
         assert "injector.py" in str(found["stacks"])
     # Nobody else was held guilty of it.
     after = service.restarts()
