@@ -22,6 +22,8 @@ from pkvpn.watchdog.spec import HeldSpec
 GIVEN_FLOOR = 512
 # More than lies in a gift socket at once; a child that floods it does not keep the loop.
 _BATCH = 1024
+# More than a socket's buffer takes, so all that a dead child had sent.
+_MOST_QUEUED = 100_000
 
 
 class HeldDescriptors:
@@ -78,27 +80,28 @@ class Kept:
         self.refused = 0
         self.descriptors: dict[bytes, int] = {}
 
-    def drain(self, gifts: socket.socket) -> None:
-        """Take what lies in the child's gift socket now.
+    def drain(self, gifts: socket.socket, *, dead: bool = False) -> bool:
+        """Take what lies in the child's gift socket now; False: it is at its end.
 
-        To be called whenever it is readable, and once more after the child's death: what it
-        had sent belongs to its successor.
+        To be called whenever it is readable, and once more when the child is ``dead``: all that
+        it had sent belongs to its successor.
         """
-        for _ in range(_BATCH):
+        for _ in range(_MOST_QUEUED if dead else _BATCH):
             try:
                 message, fds, flags, _ = socket.recv_fds(gifts, MAX_KEY + 1, 4)
             except BlockingIOError:
-                return
+                return True
             except OSError:
-                return  # the other end is gone, and all it sent has been read
+                return False  # the other end is gone, and all it sent has been read
             if not message and not fds:
-                return
+                return False
             why = self._take(message, fds, truncated=bool(flags & socket.MSG_CTRUNC))
             if why:
                 self.refused += 1
                 _close(fds)
                 with contextlib.suppress(OSError):
                     gifts.send(REFUSED + message[1:] + b"\0" + why.encode())
+        return True
 
     def _take(self, message: bytes, fds: list[int], *, truncated: bool) -> str:
         """Return why not, or nothing."""

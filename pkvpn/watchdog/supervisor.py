@@ -283,9 +283,14 @@ class Supervisor:
         elif priority == _LIFELINES:
             self._contain(slot, lambda: self._read_lifeline(slot, now), now)
         elif priority == _GIFTS:
-            self._contain(slot, lambda: incarnation.drain_gifts(slot.kept), now)
+            self._contain(slot, lambda: self._drain(slot, incarnation), now)
         else:
             self._on_death(slot, now)
+
+    def _drain(self, slot: Slot, incarnation: Incarnation) -> None:
+        if not incarnation.drain_gifts(slot.kept):
+            # Readable from now on until it is reaped: a dying child would keep us spinning.
+            self._selector.unregister(incarnation.gifts)
 
     def _contain(self, slot: Slot | None, do: Callable[[], object], now: float) -> None:
         """Do it; a bug of ours costs one child its life at most, and never the tree."""
@@ -561,7 +566,7 @@ class Supervisor:
         assert incarnation is not None
         if incarnation.up in self._selector.get_map():
             self._contain(slot, lambda: self._read_lifeline(slot, now), now)
-        self._contain(slot, lambda: incarnation.drain_gifts(slot.kept), now)
+        self._contain(slot, lambda: incarnation.drain_gifts(slot.kept, dead=True), now)
         ended, slot.usage = incarnation.reap()
         for fd in (incarnation.up, incarnation.pidfd, incarnation.gifts):
             with contextlib.suppress(KeyError):
