@@ -1,4 +1,4 @@
-"""Runs benchmarks one after the other and writes their figures into README.md.
+"""Runs benchmarks one after the other and writes their figures into the README.md here and above.
 
 Strategy: each is a process of its own with a limit of time, so one that fails or hangs costs its
 own figures only.  README.md shows what the JSON files say and nothing else: the text between two
@@ -16,6 +16,8 @@ from pathlib import Path
 from benchmarks.common import HERE, RESULTS, ROOT, load_result, render
 
 README = HERE / "README.md"
+# What shows figures: the page of the benchmarks all, the project's own the most important.
+PAGES = (README, ROOT / "README.md")
 
 # Name of the result -> seconds after which it is given up (three times what it takes on two
 # processors), and the words that run it.
@@ -33,8 +35,8 @@ _BLOCK = re.compile(
 )
 
 
-def with_figures(text: str, results: Path = RESULTS) -> str:
-    """The text with what stands between its markers made anew."""
+def with_figures(text: str, results: Path = RESULTS, plots: str = "results") -> str:
+    """The text with what stands between its markers made anew; ``plots``: where it links to."""
 
     def block(found: re.Match[str]) -> str:
         result = load_result(found["name"], results)
@@ -43,10 +45,16 @@ def with_figures(text: str, results: Path = RESULTS) -> str:
         else:
             body = f"{render(result)}\n"
             if (results / f"{found['name']}.png").exists():
-                body += f"\n![{found['name']}](results/{found['name']}.png)\n"
+                body += f"\n![{found['name']}]({plots}/{found['name']}.png)\n"
         return f"{found[1]}\n{body}\n{found[3]}"
 
     return _BLOCK.sub(block, text)
+
+
+def as_measured(page: Path) -> str:
+    """The page with its figures made anew."""
+    plots = RESULTS.relative_to(page.parent).as_posix()
+    return with_figures(page.read_text(encoding="utf-8"), plots=plots)
 
 
 def main() -> int:
@@ -58,13 +66,14 @@ def main() -> int:
     made = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
     made.add_argument("names", nargs="*", metavar="NAME", help=", ".join(PROGRAMS))
     made.add_argument("--quick", action="store_true", help="only see whether they work")
-    made.add_argument("--readme", action="store_true", help="only write README.md")
+    made.add_argument("--readme", action="store_true", help="only write the figures")
     args = made.parse_args(words)
     if unknown := set(args.names) - set(PROGRAMS):
         made.error(f"there is no benchmark {', '.join(sorted(unknown))}")
     failed = [] if args.readme else run(args.names or list(PROGRAMS), passed, quick=args.quick)
     if not args.quick:
-        README.write_text(with_figures(README.read_text(encoding="utf-8")), encoding="utf-8")
+        for page in PAGES:
+            page.write_text(as_measured(page), encoding="utf-8")
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return bool(failed)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from benchmarks import common
-from benchmarks.__main__ import PROGRAMS, README, with_figures
+from benchmarks.__main__ import PAGES, PROGRAMS, README, as_measured, with_figures
 from benchmarks.echo import Asker
 from benchmarks.gaps import LOADED, UNLOADED
 
@@ -30,9 +30,9 @@ def a_result(**changes: Any) -> dict[str, Any]:
     return result | changes
 
 
-def test_the_readme_shows_the_figures_that_were_measured() -> None:
-    text = README.read_text(encoding="utf-8")
-    assert with_figures(text) == text, "run scripts/bench --readme"
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+def test_a_page_shows_the_figures_that_were_measured(page: Path) -> None:
+    assert as_measured(page) == page.read_text(encoding="utf-8"), "run scripts/bench --readme"
 
 
 def test_the_readme_has_a_place_for_every_benchmark() -> None:
