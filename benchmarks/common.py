@@ -240,7 +240,8 @@ def machine() -> dict[str, Any]:
         "processors": os.cpu_count(),
         "model": model,
         "memory_gib": round(kib / 1048576, 1),
-        "kernel": platform.release(),
+        # A vendor's build number tells nobody anything.
+        "kernel": platform.release().partition("-")[0],
         "python": platform.python_version(),
         "load_average": round(os.getloadavg()[0], 2),
     }
