@@ -111,7 +111,6 @@ class Core:
         self._settings = settings
         self._epoch = time.monotonic_ns()
         self._started_at = now
-        child.say("reading the database")
         self._store = Store(settings.state_dir)
         self._accounts = self._store.load()
         keys = SessionKeys(session_secret(settings.state_dir))
