@@ -38,11 +38,9 @@ def child(own_session):
     if pid == 0:
         if own_session:
             os.setsid()
-            inner = os.fork()
-            if inner == 0:
+            if os.fork() == 0:
                 os.close(lock.fd)
-            else:
-                say(os.getpid(), inner)
+                say(os.getppid(), os.getpid())  # not before: it is told to hold no lock
         while True:
             signal.pause()
     return pid
