@@ -563,7 +563,7 @@ class Core:
                 continue
             # Always the same for one sender: frames stay in order.
             conn = conns[sender.number % len(conns)]
-            of_edges.setdefault(conn >> 56, []).append(conn)
+            of_edges.setdefault(channel.edge_of(conn), []).append(conn)
         for edge, list_of_conns in of_edges.items():
             full = self._links[edge - 1].outbox.put(tuple(list_of_conns), part)
             for conn in full:
@@ -595,7 +595,7 @@ class Core:
                 continue
             conns = port.owner.to_client
             to_conn = conns[sender.number % len(conns)]
-            if to_conn >> 56 == connection.conn >> 56 and hub.offer_flow(
+            if channel.edge_of(to_conn) == channel.edge_of(connection.conn) and hub.offer_flow(
                 KnownFlow(connection.conn, key), to_conn, now
             ):
                 link.send(Flow(connection.conn, key, to_conn))
@@ -632,7 +632,7 @@ class Core:
 
     def _withdraw(self, hub: Hub) -> None:
         for flow in hub.take_withdrawn():
-            self._links[(flow.conn >> 56) - 1].send(Unflow(flow.conn, flow.key))
+            self._links[channel.edge_of(flow.conn) - 1].send(Unflow(flow.conn, flow.key))
 
     # --- bridges
 

@@ -344,7 +344,6 @@ class Connection:
         "number",
         "records",
         "request",
-        "requested_at",
         "rx",
         "seen",
         "sent_at",
@@ -382,7 +381,6 @@ class Connection:
         self.closing = ""
         # The request that waits for its State.
         self.request = b""
-        self.requested_at = 0.0
         # When a whole block or keep-alive came last, and when something was sent last.
         self.heard_at = now
         self.sent_at = now
@@ -544,7 +542,7 @@ class Connection:
         at, end = records.open_all(scratch, _HEADROOM, now)
         mode = self.mode
         if mode is Mode.HTTP:
-            self._cut_request(scratch[at:end], now)
+            self._cut_request(scratch[at:end])
         else:
             at = self._blocks(scratch, at, end, now)
         kept = records.consume(at)
@@ -560,7 +558,7 @@ class Connection:
             self.rx.rewind()
             self._idle_until = records.whole_at
 
-    def _cut_request(self, data: memoryview, now: float) -> None:
+    def _cut_request(self, data: memoryview) -> None:
         """Find the next request, if it is whole, and leave it where it is until it is answered."""
         if self.rx.end > self._login_bytes:
             raise ConnectionEnds(f"more than {self._login_bytes} bytes before a login")
@@ -574,7 +572,6 @@ class Connection:
             raise ConnectionEnds(str(error)) from None
         if request is not None:
             self.request = request
-            self.requested_at = now
 
     def _blocks(self, scratch: memoryview, at: int, end: int, now: float) -> int:
         """Walk over blocks, hand them on in runs; return where the first unfinished one starts.

@@ -44,8 +44,6 @@ _DRAIN_BUDGET = 1.0
 # stderr is for emergencies: not more lines of a failing disk a second than these.
 _FALLBACK_RATE = 20.0
 
-_CUT = "... (cut)"
-
 # Beyond it no date is written: the end of the year 9999, less a day for all time zones.
 _MAX_TIME = 253402214400
 
