@@ -2,10 +2,10 @@
 
 Strategy: a bucket of failures per key (an address, or a user); it empties with time.  Only failures
 count, so whoever knows the password is not slowed down by its own logins.  The table is bounded:
-when it is full the key that has failed longest ago makes room.
+when it is full, the keys whose buckets are nearest to empty make room.  So who wants to have the
+failures of one user forgotten, by failing with names that he makes up, must fail as often with each
+of thousands of them.
 """
-
-from collections import OrderedDict
 
 
 class Attempts:
@@ -15,8 +15,8 @@ class Attempts:
         self._capacity = failures * interval
         self._interval = interval
         self._limit = limit
-        # key -> when its bucket will be empty; the last failure last.
-        self._empty_at: OrderedDict[str, float] = OrderedDict()
+        # key -> when its bucket will be empty.
+        self._empty_at: dict[str, float] = {}
 
     def allows(self, key: str, now: float) -> bool:
         """May this key try?"""
@@ -25,6 +25,7 @@ class Attempts:
     def failed(self, key: str, now: float) -> None:
         """It tried, and was wrong."""
         self._empty_at[key] = max(self._empty_at.get(key, now), now) + self._interval
-        self._empty_at.move_to_end(key)
         if len(self._empty_at) > self._limit:
-            self._empty_at.popitem(last=False)
+            # An eighth at once: to sort for each failure would be work for a stranger to make.
+            fullest = sorted(self._empty_at.items(), key=lambda item: item[1], reverse=True)
+            self._empty_at = dict(fullest[: self._limit - self._limit // 8])

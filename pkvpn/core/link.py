@@ -6,6 +6,7 @@ it is greeted anew, as after a death of the core; what it must know follows from
 """
 
 import logging
+import select
 import selectors
 import socket
 from collections import deque
@@ -121,14 +122,22 @@ def _read(sock: socket.socket) -> list[bytes]:
     messages: list[bytes] = []
     try:
         for _ in range(_READ_AT_ONCE):
-            data = sock.recv(channel.MAX_MESSAGE)
-            if not data:
+            # One more than there may be: what is longer is no message, and not its beginning.
+            data = sock.recv(channel.MAX_MESSAGE + 1)
+            if not data and _is_closed(sock):
                 # The watchdog holds both ends open, so this is its end.
                 raise SystemExit("the channel to an edge was closed")
             messages.append(data)
     except BlockingIOError:
         pass
     return messages
+
+
+def _is_closed(sock: socket.socket) -> bool:
+    """Tell the end from a message of no bytes, which any edge could send."""
+    poll = select.poll()
+    poll.register(sock, 0)
+    return any(event & select.POLLHUP for _, event in poll.poll(0))
 
 
 def _writable(sock: socket.socket) -> bool:

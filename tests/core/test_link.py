@@ -94,3 +94,16 @@ def test_an_edge_that_never_reads_is_greeted_anew_when_it_does(
     link.flush(9)
     assert drain(ends.control) == [Hello(1, 9)]
     assert (link.lost, link.present) == (False, set())
+
+
+def test_a_message_of_no_bytes_is_not_the_end(ends: Ends) -> None:
+    for sock, read in (
+        (ends.control, ends.link.read_control),
+        (ends.frames, ends.link.read_frames),
+    ):
+        for message in (b"one", b"", b"two"):
+            sock.send(message)
+        assert read() == [b"one", b"", b"two"]
+        sock.close()
+        with pytest.raises(SystemExit, match="closed"):
+            read()

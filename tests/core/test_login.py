@@ -348,15 +348,27 @@ def test_a_good_password_is_never_too_often() -> None:
     assert [desk.error(login()) for _ in range(10)] == [0] * 10
 
 
-def test_attempts_are_bounded_and_forgiven() -> None:
-    attempts = Attempts(failures=2, interval=1.0, limit=2)
-    for key in ("a", "a", "b", "c"):
-        assert attempts.allows(key, 0.0)
-        attempts.failed(key, 0.0)
-    assert attempts.allows("a", 0.0)  # made room for c
-    attempts.failed("c", 0.0)
+def test_attempts_are_forgiven() -> None:
+    attempts = Attempts(failures=2, interval=1.0)
+    for _ in range(2):
+        assert attempts.allows("c", 0.0)
+        attempts.failed("c", 0.0)
     assert not attempts.allows("c", 0.5)
     assert attempts.allows("c", 1.0)
+
+
+def test_names_that_are_made_up_do_not_wipe_out_whose_password_is_guessed() -> None:
+    attempts = Attempts(failures=3, interval=1000.0, limit=64)
+    for _ in range(3):
+        attempts.failed("victim", 0.0)
+    for number in range(10_000):
+        attempts.failed(f"nobody {number}", number / 1000)
+        assert number % 100 or not attempts.allows("victim", 10.0)
+    assert len(attempts._empty_at) <= 64
+    # The latest of those who failed once is still counted.
+    attempts.failed("nobody 9999", 10.0)
+    attempts.failed("nobody 9999", 10.0)
+    assert not attempts.allows("nobody 9999", 10.0)
 
 
 @pytest.mark.parametrize(

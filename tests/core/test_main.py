@@ -115,6 +115,14 @@ def test_what_is_no_request_closes_the_connection(edge: Edge) -> None:
     assert state.close != ""
 
 
+def test_what_is_no_message_costs_the_edge_nothing_but_itself(tree: Tree, edge: Edge) -> None:
+    for sock in (edge.control, edge.frames):
+        for garbage in (b"", b"\xff", b"\x02" + bytes(65535), bytes(65600)):
+            sock.send(garbage)
+    edge.log_in(1)
+    assert tree.ask("status")["incarnation"] == 1
+
+
 def test_a_request_that_comes_again_gets_the_same_answer(edge: Edge) -> None:
     state, _ = edge.log_in(1)
     edge.say(Request(state.conn, 2, login()))

@@ -127,6 +127,17 @@ def pair(tree: FakeTree) -> Iterator[tuple[Client, Client]]:
     b.close()
 
 
+def test_what_is_no_message_of_the_core_is_passed_over(tree: FakeTree) -> None:
+    client = Client(tree)
+    for sock in (tree.core.control, tree.core.frames):
+        for garbage in (b"", b"\xff", b"\x12" + bytes(65535), bytes(65600)):
+            sock.send(garbage)
+    client.login()
+    tree.core.say(channel.FramesOut((client.conn,), channel.join_blocks([frame(A, B)])))
+    assert client.read_frames(1) == [frame(A, B)]
+    client.close()
+
+
 def test_a_login_ends_in_the_data_phase_and_misses_reach_the_core(tree: FakeTree) -> None:
     client = Client(tree)
     assert client.tls.startswith("TLSv1.3 own TLS_AES_256_GCM")
