@@ -68,6 +68,10 @@ class Server(ABC):
                 continue  # it died between the two lines; its parent will count it
         return total
 
+    def cpu_by_process(self) -> dict[str, float]:
+        """The same by the names that its processes have, if they have any."""
+        return {}
+
 
 class Ours(Server):
     """pkvpn of this checkout."""
@@ -102,6 +106,9 @@ class Ours(Server):
     def pids(self) -> list[int]:
         named = self.named_pids()
         return [named.pop("watchdog"), *named.values()]
+
+    def cpu_by_process(self) -> dict[str, float]:
+        return {name: cpu_seconds(pid) for name, pid in self.named_pids().items()}
 
     def named_pids(self) -> dict[str, int]:
         """Name of a child, or "watchdog", -> its pid at this moment."""
