@@ -160,7 +160,7 @@ def main() -> None:
     made = common.parser(__doc__)
     made.add_argument("--seconds", type=float, default=10.0, help="of logging in, a round (10)")
     made.add_argument("--rounds", type=int, default=3, help="of logging in (3)")
-    made.add_argument("--generators", type=int, default=4, help="processes of clients (4)")
+    made.add_argument("--generators", type=int, default=8, help="processes of clients (8)")
     made.add_argument("--sessions", type=int, default=1000, help="idle ones at once (1000)")
     made.add_argument("--idle", type=float, default=30.0, help="seconds of idling (30)")
     args = common.parse(made, {"seconds": 2.0, "rounds": 1, "sessions": 100, "idle": 3.0})

@@ -45,7 +45,9 @@ def fuzz_messages(data: bytes) -> None:
             message = read(pack)
         except ProtocolError:
             continue
-        if message is not None and not isinstance(message, messages.Admin):
+        if isinstance(message, messages.Welcome):
+            Pack.decode(message.encode())
+        elif message is not None and not isinstance(message, messages.Admin):
             Pack.decode(message.to_pack().encode())
 
 
@@ -118,9 +120,9 @@ def seeds(target: str) -> list[bytes]:
     batch = blocks.encode_batch([bytes(14), bytes(60)]) + blocks.encode_keep_alive(b"abc")
     if target == "blocks":
         return [b"\x07" + batch]
-    welcome = messages.Welcome("S", "C", bytes(20), 20.0)
-    hello = messages.Hello(bytes(20))
-    answers = b"".join(http.build_pack_response(m.to_pack().encode()) for m in (hello, welcome))
+    welcome = messages.Welcome("S", "C", bytes(20), 20.0).encode()
+    hello = messages.Hello(bytes(20)).to_pack().encode()
+    answers = b"".join(http.build_pack_response(pack) for pack in (hello, welcome))
     return [b"\xff" + answers + batch]
 
 

@@ -295,7 +295,7 @@ class LoginDesk:
             half_connection=half,
             policy={**POLICY, "MaxConnection": most, "NoBridge": int(not login.bridge_mode)},
         )
-        outcome = _pack(welcome.to_pack())
+        outcome = Outcome(http.build_pack_response(welcome.encode()))
         outcome.session = session
         outcome.note = f"{session.name}: logged in"
         return outcome

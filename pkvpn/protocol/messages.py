@@ -7,6 +7,7 @@ and blobs of a stranger are bounded here, before anything hashes or stores them.
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from typing import TypeAlias
 
 from pkvpn.protocol.errors import ErrorCode, ProtocolError
 from pkvpn.protocol.hashes import HASH_SIZE, RANDOM_SIZE
-from pkvpn.protocol.pack import Pack
+from pkvpn.protocol.pack import Elements, Pack, join
 
 # What we claim to be: stock programs of this version were tried against us.
 VERSION = 501  # CEDAR_VER
@@ -364,29 +365,27 @@ class Welcome:
     def __repr__(self) -> str:
         return f"Welcome(session_name={self.session_name!r}, timeout={self.timeout})"
 
-    def to_pack(self) -> Pack:
-        """Write it."""
-        pack = Pack()
-        pack.put_str("session_name", self.session_name)
-        pack.put_str("connection_name", self.connection_name)
-        pack.put_int("max_connection", self.max_connection)
-        pack.put_int("use_encrypt", self.use_encrypt)
-        pack.put_int("use_compress", self.use_compress)
-        pack.put_int("half_connection", self.half_connection)
-        pack.put_int("timeout", round(self.timeout * 1000))
-        pack.put_data("session_key", self.session_key)
+    def encode(self) -> bytes:
+        """Write the whole pack.  There is one for every login: what many have in common, which is
+        most of it, is written once."""
+        own = Pack()
+        own.put_str("session_name", self.session_name)
+        own.put_str("connection_name", self.connection_name)
+        own.put_data("session_key", self.session_key)
         # Used for nothing by anybody; the first bytes of the key, so that it is no secret
         # of its own.
-        pack.put_int("session_key_32", int.from_bytes(self.session_key[:4], "big"))
-        pack.put_int("qos", self.qos)
-        pack.put_int("is_azure_session", 0)
-        pack.put_int("vlan_id", 0)
-        pack.put_int("enable_udp_recovery", 0)
-        pack.put_int("suppress_client_update_notification", 0)
-        pack.put_data("Msg", self.message.encode("utf-8", "replace"))
-        for name, value in self.policy.items():
-            pack.put_int(_POLICY_PREFIX + name, value)
-        return pack
+        own.put_int("session_key_32", int.from_bytes(self.session_key[:4], "big"))
+        common = _granted(
+            self.timeout,
+            self.max_connection,
+            self.use_encrypt,
+            self.use_compress,
+            self.half_connection,
+            self.qos,
+            self.message,
+            tuple(self.policy.items()),
+        )
+        return join(own.written(), common)
 
     @classmethod
     def from_pack(cls, pack: Pack) -> Welcome:
@@ -408,6 +407,35 @@ class Welcome:
                 if _POLICY_PREFIX + name in pack
             },
         )
+
+
+@functools.lru_cache(maxsize=256)
+def _granted(
+    timeout: float,
+    max_connection: int,
+    use_encrypt: bool,
+    use_compress: bool,
+    half_connection: bool,
+    qos: bool,
+    message: str,
+    policy: tuple[tuple[str, int], ...],
+) -> Elements:
+    """The part of a welcome that says what the client may do."""
+    pack = Pack()
+    pack.put_int("max_connection", max_connection)
+    pack.put_int("use_encrypt", use_encrypt)
+    pack.put_int("use_compress", use_compress)
+    pack.put_int("half_connection", half_connection)
+    pack.put_int("timeout", round(timeout * 1000))
+    pack.put_int("qos", qos)
+    pack.put_int("is_azure_session", 0)
+    pack.put_int("vlan_id", 0)
+    pack.put_int("enable_udp_recovery", 0)
+    pack.put_int("suppress_client_update_notification", 0)
+    pack.put_data("Msg", message.encode("utf-8", "replace"))
+    for name, value in policy:
+        pack.put_int(_POLICY_PREFIX + name, value)
+    return pack.written()
 
 
 @dataclass(frozen=True, slots=True)

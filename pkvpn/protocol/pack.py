@@ -7,12 +7,12 @@ length and count is compared with the bytes that are left before anything is all
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import struct
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from enum import IntEnum
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from pkvpn.protocol.errors import ProtocolError
 
@@ -50,13 +50,25 @@ _SMALLEST = {Kind.INT: 4, Kind.DATA: 4, Kind.STR: 4, Kind.UNISTR: 4, Kind.INT64:
 _KINDS = {int(kind): kind for kind in Kind}
 
 
-@dataclass(frozen=True, slots=True)
-class Element:
+class Element(NamedTuple):
     """One name with its values, at least one, all of one kind."""
 
     name: str
     kind: Kind
     values: tuple[Value, ...]
+
+
+class Elements(NamedTuple):
+    """Elements as they go over the wire: what is in many packs is written once."""
+
+    number: int
+    data: bytes
+
+
+def join(*parts: Elements) -> bytes:
+    """One whole pack of these elements; the caller sees to it that no name is there twice."""
+    count = _U32.pack(sum(part.number for part in parts))
+    return b"".join((count, *(part.data for part in parts)))
 
 
 class Pack:
@@ -86,38 +98,44 @@ class Pack:
         """
         if len(data) > max_size:
             raise ProtocolError(f"pack of {len(data)} bytes is larger than {max_size}")
-        reader = _Reader(data)
-        count = reader.u32()
-        if count > max_elements:
-            raise ProtocolError(f"pack of {count} elements has more than {max_elements}")
         pack = cls()
-        for _ in range(count):
-            element = reader.element()
-            if element.name.lower() in pack._elements:
-                raise ProtocolError(f"pack names {element.name!r} twice")
-            pack._elements[element.name.lower()] = element
+        elements = pack._elements
+        at = 4
+        try:
+            (count,) = _U32.unpack_from(data)
+            if count > max_elements:
+                raise ProtocolError(f"pack of {count} elements has more than {max_elements}")
+            for _ in range(count):
+                element, at = _read_element(data, at)
+                key = element.name.lower()
+                if key in elements:
+                    raise ProtocolError(f"pack names {element.name!r} twice")
+                elements[key] = element
+        except struct.error:
+            raise ProtocolError(f"pack ends too early, in the element at byte {at}") from None
         return pack
 
-    def encode(self, *, sort: bool = False) -> bytes:
-        """Write the pack in the order of `put`, or sorted by name as the originals do."""
+    def written(self, *, sort: bool = False) -> Elements:
+        """The elements in the order of `put`, or sorted by name as the originals do."""
         elements = list(self._elements.values())
         if sort:
             elements.sort(key=lambda element: element.name.lower())
-        parts = [_U32.pack(len(elements))]
-        for element in elements:
-            name = element.name.encode("ascii")
-            parts += _U32.pack(len(name) + 1), name
-            parts.append(_KIND_AND_COUNT.pack(element.kind, len(element.values)))
-            parts += (_encode_value(element.kind, value) for value in element.values)
-        return b"".join(parts)
+        parts: list[bytes] = []
+        for name, kind, values in elements:
+            parts += _name_bytes(name), _KIND_AND_COUNT.pack(kind, len(values))
+            for value in values:
+                parts.append(_encode_value(kind, value))
+        return Elements(len(elements), b"".join(parts))
+
+    def encode(self, *, sort: bool = False) -> bytes:
+        """The whole pack, in the order of `written`."""
+        return join(self.written(sort=sort))
 
     # Elements
 
     def put(self, element: Element) -> None:
         """Add an element; raises `ValueError` for what no reader would take."""
-        key = element.name.lower()
-        if not 1 <= len(key) <= MAX_NAME or not key.isascii() or "\0" in key:
-            raise ValueError(f"{element.name!r} cannot be the name of an element")
+        key = _key(element.name)
         if key in self._elements:
             raise ValueError(f"{element.name!r} is in the pack already")
         if not element.values:
@@ -150,7 +168,7 @@ class Pack:
 
     def put_int(self, name: str, *values: int) -> None:
         """Add u32 values; a boolean is 0 or 1."""
-        self.put(Element(name, Kind.INT, tuple(value & 0xFFFFFFFF for value in values)))
+        self.put(Element(name, Kind.INT, tuple([value & 0xFFFFFFFF for value in values])))
 
     def put_data(self, name: str, *values: bytes) -> None:
         """Add bytes values."""
@@ -158,11 +176,11 @@ class Pack:
 
     def put_str(self, name: str, *values: str) -> None:
         """Add short text; it ends at the first NUL."""
-        self.put(Element(name, Kind.STR, tuple(_until_nul(value) for value in values)))
+        self.put(Element(name, Kind.STR, tuple([_until_nul(value) for value in values])))
 
     def put_unistr(self, name: str, *values: str) -> None:
         """Add text that users see; it ends at the first NUL."""
-        self.put(Element(name, Kind.UNISTR, tuple(_until_nul(value) for value in values)))
+        self.put(Element(name, Kind.UNISTR, tuple([_until_nul(value) for value in values])))
 
     def put_int64(self, name: str, *values: int) -> None:
         """Add u64 values."""
@@ -223,56 +241,88 @@ class Pack:
         return element.values[index]
 
 
-class _Reader:
-    """Walks over the bytes of one pack and never past their end."""
+# Reading: a function returns what it read and where it ended.  Past the end of the data either
+# struct.error is raised, which `Pack.decode` knows, or ProtocolError.
 
-    __slots__ = ("_at", "_data")
 
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-        self._at = 0
+def _read_element(data: bytes, at: int) -> tuple[Element, int]:
+    (size,) = _U32.unpack_from(data, at)
+    if not 2 <= size <= MAX_NAME + 1:
+        raise ProtocolError(f"name of {size - 1} bytes in a pack, 1 to {MAX_NAME} are allowed")
+    at += 4
+    raw = data[at : at + size - 1]
+    at += size - 1
+    if not raw.isascii() or b"\0" in raw:
+        raise ProtocolError(f"name {raw!r} in a pack is not ASCII text")
+    name = raw.decode("ascii")
+    number, count = _KIND_AND_COUNT.unpack_from(data, at)
+    at += 8
+    kind = _KINDS.get(number)
+    if kind is None:
+        raise ProtocolError(f"{name!r} in a pack has the unknown kind {number}")
+    if count == 0:
+        raise ProtocolError(f"{name!r} in a pack has no values")
+    read = _READERS[kind]
+    if count == 1:  # nearly all are
+        value, at = read(data, at)
+        return Element(name, kind, (value,)), at
+    if count * _SMALLEST[kind] > len(data) - at:
+        left = len(data) - at
+        raise ProtocolError(f"{name!r} announces {count} values with {left} bytes left")
+    values = []
+    for _ in range(count):
+        value, at = read(data, at)
+        values.append(value)
+    return Element(name, kind, tuple(values)), at
 
-    def u32(self) -> int:
-        return int.from_bytes(self._take(4), "big")
 
-    def element(self) -> Element:
-        size = self.u32()
-        if not 2 <= size <= MAX_NAME + 1:
-            raise ProtocolError(f"name of {size - 1} bytes in a pack, 1 to {MAX_NAME} are allowed")
-        raw = self._take(size - 1)
-        if not raw.isascii() or b"\0" in raw:
-            raise ProtocolError(f"name {raw!r} in a pack is not ASCII text")
-        name = raw.decode("ascii")
-        number, count = self.u32(), self.u32()
-        kind = _KINDS.get(number)
-        if kind is None:
-            raise ProtocolError(f"{name!r} in a pack has the unknown kind {number}")
-        if count == 0:
-            raise ProtocolError(f"{name!r} in a pack has no values")
-        left = len(self._data) - self._at
-        if count * _SMALLEST[kind] > left:
-            raise ProtocolError(f"{name!r} announces {count} values with {left} bytes left")
-        return Element(name, kind, tuple(self._value(kind) for _ in range(count)))
+def _read_int(data: bytes, at: int) -> tuple[Value, int]:
+    return _U32.unpack_from(data, at)[0], at + 4
 
-    def _value(self, kind: Kind) -> Value:
-        if kind is Kind.INT:
-            return self.u32()
-        if kind is Kind.INT64:
-            return int.from_bytes(self._take(8), "big")
-        raw = self._take(self.u32())
-        if kind is Kind.DATA:
-            return bytes(raw)
-        # Replaced, not escaped: a surrogate would blow up later, in a log or a database.
-        return _until_nul(raw.decode("utf-8", "replace"))
 
-    def _take(self, size: int) -> bytes:
-        end = self._at + size
-        if end > len(self._data):
-            left = len(self._data) - self._at
-            raise ProtocolError(f"pack ends {size - left} bytes too early at byte {self._at}")
-        taken = self._data[self._at : end]
-        self._at = end
-        return taken
+def _read_int64(data: bytes, at: int) -> tuple[Value, int]:
+    return _U64.unpack_from(data, at)[0], at + 8
+
+
+def _read_data(data: bytes, at: int) -> tuple[bytes, int]:
+    (size,) = _U32.unpack_from(data, at)
+    at += 4
+    end = at + size
+    if end > len(data):
+        raise ProtocolError(f"pack ends {end - len(data)} bytes too early at byte {at}")
+    return data[at:end], end
+
+
+def _read_text(data: bytes, at: int) -> tuple[Value, int]:
+    raw, at = _read_data(data, at)
+    # Replaced, not escaped: a surrogate would blow up later, in a log or a database.
+    return _until_nul(raw.decode("utf-8", "replace")), at
+
+
+_READERS: dict[Kind, Callable[[bytes, int], tuple[Value, int]]] = {
+    Kind.INT: _read_int,
+    Kind.DATA: _read_data,
+    Kind.STR: _read_text,
+    Kind.UNISTR: _read_text,
+    Kind.INT64: _read_int64,
+}
+
+
+# Writing.  The names that this program writes are few, and those of strangers are never written.
+
+
+@functools.lru_cache(maxsize=1024)
+def _key(name: str) -> str:
+    """As which a name is found.  Raises ValueError for what no reader would take."""
+    key = name.lower()
+    if not 1 <= len(key) <= MAX_NAME or not key.isascii() or "\0" in key:
+        raise ValueError(f"{name!r} cannot be the name of an element")
+    return key
+
+
+@functools.lru_cache(maxsize=1024)
+def _name_bytes(name: str) -> bytes:
+    return _U32.pack(len(name) + 1) + name.encode("ascii")
 
 
 def _encode_value(kind: Kind, value: Value) -> bytes:

@@ -287,7 +287,8 @@ class FakeServer:
                 key = os.urandom(20)
                 self._keys.add(key)
                 welcome = Welcome("SID-U1-1", "CID-1", key, self.timeout)
-                self._reply(connection, dataclasses.replace(welcome, **self.welcome).to_pack())
+                welcome = dataclasses.replace(welcome, **self.welcome)
+                self._reply(connection, Pack.decode(welcome.encode()))
                 connection.output += self.behind_welcome
             case AdditionalConnect():
                 code = self.refuse_resumption

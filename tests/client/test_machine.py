@@ -48,14 +48,14 @@ def said(it: Stream) -> list[http.Request]:
     return requests
 
 
-def reply(pack: Pack) -> bytes:
+def reply(pack: Pack | Welcome) -> bytes:
     return http.build_pack_response(pack.encode())
 
 
 def in_data(timeout: float = 20.0, at: float = 0.0) -> Stream:
     it = stream()
     welcome = Welcome("S", "C", bytes(20), timeout)
-    it.receive(reply(Hello(RANDOM).to_pack()) + reply(welcome.to_pack()), at)
+    it.receive(reply(Hello(RANDOM).to_pack()) + reply(welcome), at)
     it.output.clear()
     return it
 
@@ -78,7 +78,7 @@ def test_a_login_step_by_step() -> None:
     assert login.secure_password == secure_password(user_key("pw1", "u1"), RANDOM)
     assert (login.use_encrypt, login.use_compress, login.half_connection) == (True, False, False)
 
-    assert it.receive(reply(WELCOME.to_pack()), 0.3) == [WELCOME]
+    assert it.receive(reply(WELCOME), 0.3) == [WELCOME]
     assert it.step is Step.DATA
     decoder = blocks.BlockDecoder()
     assert decoder.feed(bytes(it.output)) == []
@@ -89,7 +89,7 @@ def test_a_login_byte_by_byte_with_frames_behind_the_welcome() -> None:
     answers = (
         http.build_probe_page()
         + reply(Hello(RANDOM).to_pack())
-        + reply(WELCOME.to_pack())
+        + reply(WELCOME)
         + blocks.encode_keep_alive(b"abc")
         + blocks.encode_batch([FRAME])
     )
@@ -149,7 +149,7 @@ def test_a_noop_is_answered_with_a_noop() -> None:
     said(it)
     assert it.receive(reply(Noop().to_pack()), 0.0) == []
     assert read_client_message(Pack.decode(said(it)[0].body)) == Noop()
-    assert it.receive(reply(WELCOME.to_pack()), 0.0) == [WELCOME]
+    assert it.receive(reply(WELCOME), 0.0) == [WELCOME]
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_a_welcome_that_cannot_be_followed(welcome: Welcome) -> None:
     it = stream()
     it.receive(reply(Hello(RANDOM).to_pack()), 0.0)
     with pytest.raises(ProtocolError, match="server wants"):
-        it.receive(reply(welcome.to_pack()), 0.0)
+        it.receive(reply(welcome), 0.0)
 
 
 def test_a_connection_one_way_only_cannot_be_followed() -> None:
@@ -239,7 +239,7 @@ def test_a_keep_alive_is_a_sign_of_life() -> None:
 ANSWERS = [
     http.build_probe_page(),
     reply(Hello(RANDOM).to_pack()),
-    reply(WELCOME.to_pack()),
+    reply(WELCOME),
     reply(AdditionalReply().to_pack()),
     reply(ErrorReply(9).to_pack()),
     reply(Noop().to_pack()),
