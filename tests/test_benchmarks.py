@@ -10,6 +10,7 @@ import sys
 import threading
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree as ET
 
 import pytest
 
@@ -17,6 +18,7 @@ from benchmarks import common
 from benchmarks.__main__ import PAGES, PROGRAMS, README, as_measured, with_figures
 from benchmarks.echo import Asker
 from benchmarks.gaps import LOADED, UNLOADED
+from benchmarks.recording import Row, Screen, draw
 
 
 def a_result(**changes: Any) -> dict[str, Any]:
@@ -124,3 +126,36 @@ def test_an_echo_counts_what_is_lost_and_how_long_it_was_silent() -> None:
             thread.join()
     assert (found["due"], found["sent"], found["lost"], found["twice"]) == (200, 200, 50, 1)
     assert found["silence_ms"] >= 45
+
+
+# --- the recording
+
+
+def test_a_terminal_shows_what_the_demo_wrote() -> None:
+    screen = Screen()
+    for piece in (
+        "one\r\ntwo\r\n", "\r\x1b[K\x1b[33mkill\x1b[0m\r\n\x1b[K\x1b[1mlive\x1b[0m\x1b[F",
+        "\r\x1b[K\x1b[33mkill more\x1b[0m\r\n\x1b[K\x1b[", "1mliver\x1b[0m\x1b[F",
+        "\r\x1b[Jdone\r\n",
+    ):  # fmt: skip
+        screen.feed(piece)
+        if piece.startswith("1m"):
+            assert screen.rows == [("one", 0), ("two", 0), ("kill more", 33), ("liver", 1)]
+    assert screen.rows == [("one", 0), ("two", 0), ("done", 0), ("", 0)]
+    with pytest.raises(ValueError, match="not known"):
+        screen.feed("\x1b[5A")
+
+
+def test_a_picture_that_does_not_move_shows_the_last_frame() -> None:
+    frames = [
+        (0.0, [Row("first", 1)]),
+        (1.0, [Row("first", 1), Row("a < b")]),
+        (2.0, [Row("first", 1), Row("last")]),
+    ]
+    root = ET.fromstring(draw(frames, "title"))
+    texts = [one for one in root if one.tag.endswith("}text")]
+    assert {one.text: one.get("visibility") for one in texts} == {
+        "first": None, "a < b": "hidden", "last": None,
+    }  # fmt: skip
+    times = {one.text: [set_.get("begin") for set_ in one] for one in texts}
+    assert times == {"first": [], "a < b": ["t.begin+1.00s"], "last": ["t.begin"]}

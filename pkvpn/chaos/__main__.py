@@ -1,35 +1,69 @@
-"""The real VPN tree in the foreground, with children that misbehave on request.
+"""A VPN tree in the foreground that ends with who started it.
 
-python -m pkvpn.chaos CONFIG DIRECTORY
-echo block > DIRECTORY/edge-1        # or any other way of `injector.WAYS`
+python -m pkvpn.chaos CONFIG              # as it is
+python -m pkvpn.chaos CONFIG DIRECTORY    # with children that misbehave on request:
+echo block > DIRECTORY/edge-1             # in this or another way of `injector.WAYS`
 """
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import json
 import logging
 import os
 import sys
+from pathlib import Path
 
 from pkvpn.app import Service
 from pkvpn.chaos.injector import inject
 from pkvpn.config import load, make_directories
+from pkvpn.watchdog.child import set_death_signal
+from pkvpn.watchdog.spec import TreeSpec
 from pkvpn.watchdog.supervisor import run_tree
 
 
-def main(config: str, directory: str) -> int:
-    settings = load(config)
+def main(argv: list[str]) -> int:
+    """Be the watchdog until a stop; what it tells of its start goes to standard output."""
+    parser = argparse.ArgumentParser(prog="python -m pkvpn.chaos", description=__doc__)
+    parser.add_argument("config")
+    parser.add_argument("directory", nargs="?", type=Path)
+    parser.add_argument("--parent", type=int, help="end with this process, which is our parent")
+    parser.add_argument("--resume-fd", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.parent:
+        set_death_signal(args.parent)
+    settings = load(args.config)
     service = Service(settings, foreground=True)
-    os.umask(0o077)
-    make_directories(settings)
+
+    def tree() -> TreeSpec:
+        spec = service.tree(load(args.config))
+        assert spec.upgrade is not None
+        # What the new code is to be started as is this program again.
+        words = [args.config, *([str(args.directory)] if args.directory else [])]
+        own = dataclasses.replace(
+            spec.upgrade, main="pkvpn.chaos.__main__:main", arguments=tuple(words)
+        )
+        spec = dataclasses.replace(spec, upgrade=own)
+        return spec if args.directory is None else inject(spec, str(args.directory))
+
+    if args.resume_fd is None:
+        os.umask(0o077)
+        make_directories(settings)
     logging.getLogger().setLevel(settings.log.level.upper())
     return run_tree(
-        inject(service.tree(settings), os.path.abspath(directory)),
-        tell=lambda line: print(json.dumps(line), flush=True),
-        on_reload=lambda: inject(service.tree(load(config)), os.path.abspath(directory)),
+        tree(),
+        tell=_tell,
+        on_reload=tree,
         status=service.status,
+        resume_fd=args.resume_fd,
     )
 
 
+def _tell(line: dict[str, object]) -> None:
+    sys.stdout.write(json.dumps(line) + "\n")
+    sys.stdout.flush()
+
+
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

@@ -66,6 +66,7 @@ _VERBS: Mapping[str, _Verb] = {
     "bridge": _Verb("admin", "add, list and delete local bridges"),
     "connect": _Verb("connect", "log in to a server as a client"),
     "config": _Verb("configuration", "show the effective configuration, or all defaults"),
+    "demo": _Verb("laboratory", "kill a server of its own again and again, and show what is lost"),
     "execsvc": _Verb("service", "the service itself, in this process; `start` launches it"),
 }
 
