@@ -102,7 +102,7 @@ def main(seconds: float, size: int, count: int) -> None:
             os.waitpid(pid, 0)
         octets = last.bytes_out - first.bytes_out
         frames = last.frames_out - first.frames_out
-        drops = last.drops - first.drops
+        drops = sum(last.drops) - sum(first.drops)
         wall = at_last - at_first
         user, system = (after - before for after, before in zip(cpu_last, cpu_first, strict=True))
         print(

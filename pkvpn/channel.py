@@ -20,6 +20,8 @@ On the wire a message is 1 byte kind, then its fields, all numbers big endian:
     k  12 bytes: destination MAC, source MAC
     c  u64, a connection, never 0
     l  u16 count, then that many u64, connections, at least one
+    n  a u64 for each `EdgeDrop`, in their order
+    q  a u64 for each `Refusal`, in their order
     r  the rest of the message
 
 A message of the wrong direction, an unknown kind, a byte too many or too few is an error; who
@@ -36,7 +38,7 @@ Bytes = bytes | bytearray | memoryview
 
 # Said in Hello and in Adopted.  Edge and core are started from one image, so a difference means
 # that an upgrade has replaced only one of them so far.
-VERSION = 1
+VERSION = 2
 
 # No message is longer.
 MAX_MESSAGE = 65536
@@ -83,6 +85,32 @@ class Mode(enum.IntEnum):
     BLOCKS_OUT = 2  # only from the server to the client (half duplex)
     BLOCKS_IN = 3  # only from the client to the server
     CLOSING = 4
+
+
+class EdgeDrop(enum.Enum):
+    """Why an edge dropped a frame from or to a client.  What has the name of a `Drop` of the hub is
+    the same thing, found earlier."""
+
+    SHORT = "short"  # no whole Ethernet header
+    OVERSIZE = "oversize"  # longer than a frame, but not so long that the stream is out of step
+    DIRECTION = "wrong direction"  # of a half-duplex connection
+    CORE_BUSY = "core busy"  # no known flow, and the channel is full
+    NOT_OPEN = "not open"  # to a client that is not in its data phase
+    SLOW_CLIENT = "slow client"  # its send ring is full
+    NO_MEMORY = "no memory"  # the rings of all have reached their limit
+    NO_CONNECTION = "no such connection"  # gone while the frame was on its way
+
+
+class Refusal(enum.Enum):
+    """Why an edge turned a client away, or ended its connection."""
+
+    ADDRESS = "connections of one address"  # more than the limit
+    NO_PLACE = "connections without a place"  # too many waited for one
+    NO_MEMORY = "connections without memory"
+    MADE_ROOM = "strangers that made room"  # all places were taken, and it did not log in
+    HANDSHAKE = "failed handshakes"
+    SLOW_LOGIN = "logins that took too long"
+    GARBAGE = "broken protocol"  # TLS, HTTP or blocks that are none
 
 
 def conn_id(edge: int, started: float, counter: int) -> int:
@@ -204,6 +232,18 @@ def _read_conns(data: bytes, at: int) -> tuple[tuple[int, ...], int]:
     return conns, at + 2 + 8 * count
 
 
+def _numbers_field(count: int) -> tuple[Callable[[Any], bytes], Callable[..., Any]]:
+    layout = struct.Struct(f"!{count}Q")
+
+    def write(values: tuple[int, ...]) -> bytes:
+        return layout.pack(*values)
+
+    def read(data: bytes, at: int) -> tuple[tuple[int, ...], int]:
+        return layout.unpack_from(data, at), at + layout.size
+
+    return write, read
+
+
 def _read_rest(data: bytes, at: int) -> tuple[bytes, int]:
     return data[at:], len(data)
 
@@ -219,6 +259,8 @@ _FIELDS: dict[str, tuple[Callable[[Any], Bytes], Callable[[bytes, int], tuple[An
     "k": (_write_key, _read_key),
     "c": (_write_conn, _read_conn),
     "l": (_write_conns, _read_conns),
+    "n": _numbers_field(len(EdgeDrop)),
+    "q": _numbers_field(len(Refusal)),
     "r": (lambda value: value, _read_rest),
 }
 
@@ -285,7 +327,14 @@ class Counts(NamedTuple):
     bytes_in: int
     frames_out: int  # to the client
     bytes_out: int
-    drops: int  # frames from or to this client that the edge dropped, for any reason
+    drops: tuple[int, ...]  # frames from or to this client that were dropped, per `EdgeDrop`
+
+
+class Totals(NamedTuple):
+    """What an edge and its predecessors have dropped and refused so far."""
+
+    drops: tuple[int, ...]  # frames, per `EdgeDrop`
+    refusals: tuple[int, ...]  # per `Refusal`
 
 
 class FlowSeen(NamedTuple):
@@ -347,7 +396,9 @@ class FramesOut(NamedTuple):
     blocks: Bytes
 
 
-FromEdge = Opened | Request | Closed | Replay | Replayed | Adopted | Counts | FlowSeen | Frames
+FromEdge = (
+    Opened | Request | Closed | Replay | Replayed | Adopted | Counts | FlowSeen | Frames | Totals
+)
 FromCore = Hello | State | Flow | Unflow | FramesOut
 
 _Kinds = dict[int, tuple[type[Any], str]]
@@ -358,9 +409,10 @@ _FROM_EDGE: _Kinds = {
     4: (Replay, "cumsssb"),
     5: (Replayed, "u"),
     6: (Adopted, "v"),
-    7: (Counts, "cuuuuu"),
+    7: (Counts, "cuuuun"),
     8: (FlowSeen, "ck"),
     9: (Frames, "cr"),
+    10: (Totals, "nq"),
 }
 _FROM_CORE: _Kinds = {
     17: (Hello, "vu"),

@@ -26,6 +26,8 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "k": KEY,
     "c": CONN,
     "l": st.lists(CONN, min_size=1, max_size=5).map(tuple),
+    "n": st.tuples(*[U64] * len(channel.EdgeDrop)),
+    "q": st.tuples(*[U64] * len(channel.Refusal)),
     "r": st.binary(max_size=200),
 }
 FROM_EDGE = channel._FROM_EDGE

@@ -14,7 +14,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pkvpn.cli import BAD_ARGUMENTS, NOT_RUNNING, OK, Command, Refusal, complain
+from pkvpn.cli import BAD_ARGUMENTS, NOT_RUNNING, OK, Command, Refusal
 from pkvpn.cli.runtime import is_running, load_settings
 from pkvpn.cli.text import printable, table
 from pkvpn.config import Settings, make_directories
@@ -33,13 +33,13 @@ Ask = Callable[[str, dict[str, Any]], Any]
 class _Verb(NamedTuple):
     """One verb: its positional arguments, its options, its sentence.
 
-    `pages` is the key of an item after which the next part of a long list is asked for.
+    `pages` are the keys of an item after which the next part of a long list is asked for.
     """
 
     help: str
     positional: tuple[str, ...] = ()
     options: Callable[[argparse.ArgumentParser], None] | None = None
-    pages: str = ""
+    pages: tuple[str, ...] = ()
 
 
 def _hub_options(parser: argparse.ArgumentParser) -> None:
@@ -88,7 +88,7 @@ _VERBS: Mapping[str, Mapping[str, _Verb]] = {
     "hub": {
         "add": _Verb("make a hub", ("name",), _hub_options),
         "set": _Verb("change a hub", ("name",), _hub_options),
-        "list": _Verb("all hubs"),
+        "list": _Verb("all hubs", pages=("name",)),
         "show": _Verb("one hub", ("name",)),
         "delete": _Verb("delete a hub with its users", ("name",)),
     },
@@ -97,14 +97,16 @@ _VERBS: Mapping[str, Mapping[str, _Verb]] = {
         "passwd": _Verb(
             "set a password; ends the user's sessions", ("hub", "name"), _password_option
         ),
-        "list": _Verb("the users of a hub", ("hub",)),
+        "list": _Verb("the users of a hub", ("hub",), pages=("name",)),
         "delete": _Verb("delete a user; ends its sessions", ("hub", "name")),
     },
     "session": {
-        "list": _Verb("who is there", (), _hub_filter, pages="name"),
+        "list": _Verb("who is there", (), _hub_filter, pages=("hub", "name")),
         "kick": _Verb("end a session", ("hub", "name")),
     },
-    "mac": {"list": _Verb("the MAC addresses a hub has learnt", ("hub",), pages="mac")},
+    "mac": {
+        "list": _Verb("the MAC addresses a hub has learnt", ("hub",), pages=("mac", "vlan")),
+    },
     "bridge": {
         "add": _Verb("join a hub to a TAP device", ("hub", "device"), _bridge_options),
         "list": _Verb("all bridges"),
@@ -235,17 +237,12 @@ def _ask_core(settings: Settings, verb: str, args: dict[str, Any]) -> Any:
         raise Refusal(f"the core does not answer: {error}; look at `status`") from None
 
 
-def _all_pages(ask_core: Ask, verb: str, request: dict[str, Any], key: str) -> Any:
+def _all_pages(ask_core: Ask, verb: str, request: dict[str, Any], keys: tuple[str, ...]) -> Any:
     """Ask until a list is complete: one answer holds only so much."""
-    answer = ask_core(verb, request)
-    page = answer
-    while key and page:
-        try:
-            page = ask_core(verb, {**request, "after": page[-1][key]})
-        except Refusal as refusal:
-            # The last one went away between two pages.
-            complain(f"the list is not complete: {refusal}")
-            break
+    answer = page = ask_core(verb, request)
+    while keys and page:
+        last = ["" if page[-1][key] is None else str(page[-1][key]) for key in keys]
+        page = ask_core(verb, {**request, "after": "\0".join(last)})
         answer = answer + page
     return answer
 
@@ -265,6 +262,8 @@ def _human(answer: Any) -> Iterator[str]:
 def _text(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, dict):
+        return ", ".join(f"{_text(count)} {_text(name)}" for name, count in value.items()) or "-"
     if isinstance(value, list):
         return ", ".join(map(_text, value)) or "-"
     return "-" if value is None or value == "" else printable(str(value))

@@ -34,6 +34,8 @@ _WATCHDOG_TIMEOUT = 1.0
 
 # A core that is just being replaced must not make `status` slow.
 _CORE_TIMEOUT = 0.2
+# For thousands of connections, which only `--json` shows.
+_LIST_TIMEOUT = 2.0
 
 
 def _status_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,8 +46,11 @@ def _status(args: argparse.Namespace) -> int:
     settings = load_settings(args.config)
     code, sentence, status = _look(settings)
     if status is not None:
-        status["sessions"] = _sessions(settings)
+        status["core"] = _ask_core(settings, "status")
+        status["sessions"] = status["core"] and status["core"]["sessions"]
     if args.json:
+        if status is not None:
+            status["connections"] = _connections(settings)
         print(json.dumps(status or _nothing(settings, code, sentence), indent=2))
     elif status is None:
         print(sentence)
@@ -90,16 +95,29 @@ def _nothing(settings: Settings, code: int, sentence: str) -> dict[str, Any]:
         "children": [],
         "listeners": [],
         "sessions": None,
+        "core": None,
+        "connections": None,
     }
 
 
-def _sessions(settings: Settings) -> int | None:
-    """Ask the core how many sessions there are; None if it cannot be known at the moment."""
+def _ask_core(settings: Settings, verb: str, timeout: float = _CORE_TIMEOUT, **args: str) -> Any:
+    """Ask the core; None if it cannot be known at the moment."""
     try:
-        answer = ask(str(settings.admin_socket), "status", timeout=_CORE_TIMEOUT)
-        return int(answer["sessions"])
-    except (OSError, ControlError, ValueError, KeyError, TypeError):
+        return ask(str(settings.admin_socket), verb, args, timeout=timeout)
+    except (OSError, ControlError):
         return None
+
+
+def _connections(settings: Settings) -> list[dict[str, Any]] | None:
+    """Every connection of a client; None if not all can be had in time."""
+    found: list[dict[str, Any]] = []
+    page = _ask_core(settings, "connection.list")
+    deadline = time.monotonic() + _LIST_TIMEOUT
+    while page:
+        found += page
+        left = max(0.001, deadline - time.monotonic())
+        page = _ask_core(settings, "connection.list", left, after=page[-1]["id"])
+    return None if page is None else found
 
 
 # --- for people ----------------------------------------------------------------------------------
@@ -127,6 +145,7 @@ def _human(status: dict[str, Any]) -> Iterator[str]:
         f"Service: {status['state']} ({status['mode']} mode), watchdog pid {watchdog['pid']}, "
         f"up {_duration(watchdog['uptime'])}, sessions: {sessions}"
     )
+    yield from _traffic(status["core"] or {})
     yield ""
     rows = [[title for title, _ in _COLUMNS]]
     rows += [[_cell(key, child.get(key)) for _, key in _COLUMNS] for child in status["children"]]
@@ -136,6 +155,18 @@ def _human(status: dict[str, Any]) -> Iterator[str]:
         address = Address(listener["address"], listener["port"])
         why = f": {listener['error']}" if listener.get("error") else ""
         yield f"{address!s:24} {listener['state']}{why}"
+
+
+def _traffic(core: dict[str, Any]) -> Iterator[str]:
+    """What the core says of all connections; nothing that is nothing."""
+    for key, title in (
+        ("records", "Connections by record layer"),
+        ("drops", "Frames dropped"),
+        ("refused", "Turned away"),
+    ):
+        if core.get(key):
+            counts = (f"{count} {printable(name)}" for name, count in core[key].items())
+            yield f"{title}: {', '.join(counts)}"
 
 
 def _cell(key: str, value: Any) -> str:

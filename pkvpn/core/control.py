@@ -3,11 +3,19 @@
 Strategy: the same code whether the service runs or not.  A change goes to the database first; it is
 answered after it is on disk and, if a core runs, after that has taken it over.  Without a core the
 verbs that concern sessions answer that the service does not run.
+
+A list that may be long comes in pages: who asks, asks again with ``after``, the key of the last
+item that came, until nothing comes.
 """
 
 import base64
 import binascii
-from typing import Any, NamedTuple, Protocol
+import heapq
+import json
+from collections import Counter
+from collections.abc import Iterable
+from operator import itemgetter
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from pkvpn.core.accounts import Accounts, Change, HubRecord
 from pkvpn.core.certificates import CertificateError, read_certificate
@@ -17,8 +25,9 @@ from pkvpn.protocol.hashes import user_key
 # A user cannot log in with a longer one (SoftEther: MAX_PASSWORD_LEN).
 MAX_PASSWORD = 255
 
-# Sessions and addresses in one answer, which has a limit of 64 KiB; ask again with `after`.
-MAX_LIST = 200
+# Items in one answer of a list, and their bytes as JSON: an answer has a limit of 64 KiB.
+MAX_LIST = 500
+MAX_LIST_BYTES = 48 << 10
 
 
 class Refused(Exception):
@@ -33,6 +42,30 @@ class SessionName(NamedTuple):
     name: str
 
 
+T = TypeVar("T")
+
+
+def page_key(*names: object) -> tuple[str, str]:
+    """By what a list is sorted: what tells an item from the others, joined by NUL."""
+    key = "\0".join("" if name is None else str(name) for name in names)
+    return key.lower(), key
+
+
+class Page(NamedTuple):
+    """A part of a long list: at most ``limit`` items behind the one with the key ``after``.
+
+    What comes or goes between two pages moves nothing else: no other item is missed or told twice.
+    """
+
+    after: tuple[str, str]
+    limit: int
+
+    def of(self, found: Iterable[tuple[tuple[str, str], T]]) -> list[T]:
+        """That part of these items, given with their keys in any order."""
+        behind = [item for item in found if item[0] > self.after]
+        return [item for _, item in heapq.nsmallest(self.limit, behind, key=itemgetter(0))]
+
+
 class Live(Protocol):
     """The running core.  Each call runs in its loop and may raise TimeoutError."""
 
@@ -42,14 +75,20 @@ class Live(Protocol):
     def replace(self, accounts: Accounts) -> None:
         """The same, for all that is on disk."""
 
-    def sessions(self, hub_id: int | None) -> list[dict[str, Any]]:
-        """The sessions of one hub or of all, sorted by hub and age."""
+    def sessions(self, hub_id: int | None, page: Page) -> list[dict[str, Any]]:
+        """The sessions of one hub or of all; their key is hub and name."""
+
+    def sessions_of_users(self, hub_id: int) -> dict[str, int]:
+        """How many sessions each user of a hub has who has one."""
+
+    def connections(self, page: Page) -> list[dict[str, Any]]:
+        """Every connection; its key is its id."""
 
     def sessions_named(self, hub_id: int, name: str) -> list[SessionName]:
         """The sessions of this name, in any case."""
 
-    def macs(self, hub_id: int) -> list[dict[str, Any]]:
-        """What the hub has learnt, sorted by MAC."""
+    def macs(self, hub_id: int, page: Page) -> list[dict[str, Any]]:
+        """What the hub has learnt; its key is MAC and VLAN."""
 
     def hub(self, hub_id: int) -> dict[str, Any]:
         """Counters of one hub."""
@@ -137,13 +176,14 @@ class Control:
         )
         return self._hub_show(args)
 
-    def _hub_list(self, _args: Args) -> Any:
-        hubs = sorted(self._accounts.hubs.values(), key=lambda hub: hub.name.lower())
-        return [self._describe(hub) for hub in hubs]
+    def _hub_list(self, args: Args) -> Any:
+        hubs = _page(args).of((page_key(hub.name), hub) for hub in self._accounts.hubs.values())
+        users = Counter(user.hub_id for user in self._accounts.users.values())
+        return _fitting(self._describe(hub, users[hub.id]) for hub in hubs)
 
     def _hub_show(self, args: Args) -> Any:
         hub = self._hub(args["name"])
-        shown = self._describe(hub)
+        shown = self._describe(hub, len(self._accounts.users_of(hub.id)))
         shown["bridges"] = [
             bridge.device for bridge in self._accounts.bridges.values() if bridge.hub_id == hub.id
         ]
@@ -156,13 +196,13 @@ class Control:
         self._apply(self._store.delete_hub(name))
         return {"deleted": name}
 
-    def _describe(self, hub: HubRecord) -> dict[str, Any]:
+    def _describe(self, hub: HubRecord, users: int) -> dict[str, Any]:
         shown: dict[str, Any] = {
             "name": hub.name,
             "online": hub.online,
             "max_sessions": hub.max_sessions,
             "storm_frames": hub.storm_frames,
-            "users": len(self._accounts.users_of(hub.id)),
+            "users": users,
         }
         if self._live is not None:
             shown["sessions"] = self._live.hub(hub.id)["sessions"]
@@ -190,16 +230,16 @@ class Control:
 
     def _user_list(self, args: Args) -> Any:
         hub = self._hub(args["hub"])
-        users = sorted(self._accounts.users_of(hub.id), key=lambda user: user.name.lower())
-        sessions: dict[str, int] = {}
-        if self._live is not None:
-            for session in self._live.sessions(hub.id):
-                sessions[session["user"]] = sessions.get(session["user"], 0) + 1
-        return [
-            {"name": user.name, "auth": user.auth}
-            | ({} if self._live is None else {"sessions": sessions.get(user.name, 0)})
+        users = _page(args).of(
+            (page_key(user.name), user) for user in self._accounts.users_of(hub.id)
+        )
+        if self._live is None:
+            return _fitting({"name": user.name, "auth": user.auth} for user in users)
+        sessions = self._live.sessions_of_users(hub.id)
+        return _fitting(
+            {"name": user.name, "auth": user.auth, "sessions": sessions.get(user.name, 0)}
             for user in users
-        ]
+        )
 
     def _user_delete(self, args: Args) -> Any:
         self._apply(self._store.delete_user(args["hub"], args["name"]))
@@ -210,7 +250,7 @@ class Control:
     def _session_list(self, args: Args) -> Any:
         live = self._running("session.list")
         hub_id = self._hub(args["hub"]).id if "hub" in args else None
-        return _page(live.sessions(hub_id), "name", args)
+        return _fitting(live.sessions(hub_id, _page(args)))
 
     def _session_kick(self, args: Args) -> Any:
         live = self._running("session.kick")
@@ -225,7 +265,10 @@ class Control:
 
     def _mac_list(self, args: Args) -> Any:
         live = self._running("mac.list")
-        return _page(live.macs(self._hub(args["hub"]).id), "mac", args)
+        return _fitting(live.macs(self._hub(args["hub"]).id, _page(args)))
+
+    def _connection_list(self, args: Args) -> Any:
+        return _fitting(self._running("connection.list").connections(_page(args)))
 
     # --- bridges
 
@@ -346,19 +389,23 @@ def _certificate_bytes(name: str, text: str) -> bytes:
         raise Refused(f"user {name!r}: the certificate is neither PEM nor base64 of DER") from None
 
 
-def _page(items: list[dict[str, Any]], key: str, args: Args) -> list[dict[str, Any]]:
+def _page(args: Args) -> Page:
     limit = args.get("limit", MAX_LIST)
     if not 1 <= limit <= MAX_LIST:
         raise Refused(f"limit is {limit}, it must be between 1 and {MAX_LIST}")
-    if "after" in args:
-        places = [place for place, item in enumerate(items) if item[key] == args["after"]]
-        if not places:
-            raise Refused(f"{args['after']!r} is not in the list any more: begin again")
-        items = items[places[-1] + 1 :]
-    # Not between two that `after` could not tell apart.
-    while limit < len(items) and items[limit][key] == items[limit - 1][key]:
-        limit += 1
-    return items[:limit]
+    return Page(page_key(args.get("after", "")), limit)
+
+
+def _fitting(items: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """As many as fit into an answer, and one at least if there is one."""
+    fitting: list[dict[str, Any]] = []
+    size = 0
+    for item in items:
+        size += len(json.dumps(item)) + 2
+        if fitting and size > MAX_LIST_BYTES:
+            break
+        fitting.append(item)
+    return fitting
 
 
 _HUB_OPTIONS = {"online": "flag", "max_sessions": "number", "storm_frames": "number"}
@@ -367,16 +414,17 @@ _PAGE = {"after": "text", "limit": "number"}
 _VERBS = {
     "hub.add": _Verb({"name": "text"}, _HUB_OPTIONS),
     "hub.set": _Verb({"name": "text"}, _HUB_OPTIONS),
-    "hub.list": _Verb({}, {}),
+    "hub.list": _Verb({}, _PAGE),
     "hub.show": _Verb({"name": "text"}, {}),
     "hub.delete": _Verb({"name": "text"}, {}),
     "user.add": _Verb(_USER, {"auth": "text", "password": "text", "certificate": "text"}),
     "user.passwd": _Verb(_USER | {"password": "text"}, {}),
-    "user.list": _Verb({"hub": "text"}, {}),
+    "user.list": _Verb({"hub": "text"}, _PAGE),
     "user.delete": _Verb(_USER, {}),
     "session.list": _Verb({}, {"hub": "text"} | _PAGE),
     "session.kick": _Verb(_USER, {}),
     "mac.list": _Verb({"hub": "text"}, _PAGE),
+    "connection.list": _Verb({}, _PAGE),
     "bridge.add": _Verb({"hub": "text", "device": "text"}, {"linux_bridge": "text"}),
     "bridge.list": _Verb({}, {}),
     "bridge.delete": _Verb({"device": "text"}, {}),

@@ -11,6 +11,7 @@ A frame never goes back to the port it came from, and there is no way from one h
 
 import enum
 import struct
+from collections import Counter
 from typing import Any, NamedTuple
 
 from pkvpn.core.flows import FlowBook, KnownFlow
@@ -82,6 +83,9 @@ class Port:
         """Count what was not forwarded."""
         self.drops[why] = self.drops.get(why, 0) + frames
 
+    def named_drops(self) -> dict[str, int]:
+        return {why.value: count for why, count in self.drops.items()}
+
 
 class Run(NamedTuple):
     """``blocks[start:end]`` goes to each of these ports."""
@@ -122,6 +126,8 @@ class Hub:
         )
         self.flows = FlowBook()
         self.macs_not_learnt = 0
+        # Of ports that are gone.
+        self._past_drops: Counter[str] = Counter()
         self._next_port = 1
         # Since the last switch began: an address has moved, or was seen with a tag.
         self._moved = False
@@ -141,10 +147,18 @@ class Hub:
 
     def leave(self, port: Port) -> None:
         """The port is gone, and with it all addresses behind it."""
-        self.ports.pop(port.number, None)
+        if self.ports.pop(port.number, None) is not None:
+            self._past_drops.update(port.named_drops())
         self._flooding = None
         for key in self.macs.forget_port(port):
             self._withdraw(key[:6])
+
+    def drops(self) -> Counter[str]:
+        """All that was not forwarded, by name."""
+        drops = self._past_drops.copy()
+        for port in self.ports.values():
+            drops.update(port.named_drops())
+        return drops
 
     def set_online(self, *, online: bool) -> None:
         """An offline hub forwards nothing."""

@@ -12,7 +12,7 @@ import socket
 from collections import deque
 
 from pkvpn import channel
-from pkvpn.channel import FromCore, Hello
+from pkvpn.channel import FromCore, Hello, Totals
 from pkvpn.core.outbox import Outbox
 
 _log = logging.getLogger("pkvpn.core")
@@ -39,6 +39,7 @@ class Link:
         self._backlog: deque[bytes] = deque()
         self._backlog_size = 0
         self.lost = False  # the backlog was thrown away
+        self.totals: Totals | None = None  # the last that it told
         # The edge has told all it has since its last Hello.
         self.replayed = False
         self.replayed_at = 0.0

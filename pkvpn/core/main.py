@@ -14,6 +14,9 @@ import os
 import secrets
 import selectors
 import time
+from collections import Counter
+from collections.abc import Iterable
+from itertools import zip_longest
 from typing import Any
 
 from pkvpn import channel
@@ -23,15 +26,18 @@ from pkvpn.channel import (
     ChannelError,
     Closed,
     Counts,
+    EdgeDrop,
     Flow,
     FlowSeen,
     Frames,
     Mode,
     Opened,
+    Refusal,
     Replay,
     Replayed,
     Request,
     State,
+    Totals,
     Unflow,
 )
 from pkvpn.core import blob as blobs
@@ -39,7 +45,7 @@ from pkvpn.core.accounts import Accounts, Change
 from pkvpn.core.admin import Calls, StoreThread, live_in_loop
 from pkvpn.core.blob import Blob, BlobError, Stage
 from pkvpn.core.bridge import Tap
-from pkvpn.core.control import Control, Refused, SessionName
+from pkvpn.core.control import Control, Page, Refused, SessionName, page_key
 from pkvpn.core.flows import KnownFlow
 from pkvpn.core.hub import Drop, Hub, Port, Run
 from pkvpn.core.link import Link
@@ -101,6 +107,16 @@ class Connection:
         self.hub: Hub | None = None
         self.port: Port | None = None
 
+    @property
+    def id(self) -> str:
+        return f"{self.conn:016x}"
+
+    @property
+    def records(self) -> str:
+        """Whose TLS record layer it has: "own" or "openssl"."""
+        # An edge says "TLSv1.3 own TLS_AES_256_GCM_SHA384".
+        return self.tls.split(" ")[1] if " " in self.tls else "unknown"
+
 
 class Core:
     """Everything that a core is.  `run` is its life; the `Live` methods are for `Control`."""
@@ -121,6 +137,7 @@ class Core:
         self._hubs: dict[int, Hub] = {
             CANARY_HUB_ID: Hub(CANARY_HUB, reflects=True, storm_frames=settings.storm_frames)
         }
+        self._past_counts: dict[int, tuple[int, ...]] = {}  # of sessions that are over, by hub
         self._ports: dict[int, Port] = {}  # of sessions, by their number
         self._taps: dict[str, tuple[Tap, Hub, Port]] = {}
         self._connections: dict[int, Connection] = {}
@@ -258,7 +275,7 @@ class Core:
             _log.error("edge-%d said what is no message: %s", link.index, error)
             return
         if (
-            not isinstance(message, Replayed | Adopted)
+            not isinstance(message, Replayed | Adopted | Totals)
             and channel.edge_of(message.conn) != link.index
         ):
             # Edges read what strangers send: one that was taken over must not reach further.
@@ -270,6 +287,8 @@ class Core:
                 self._hear_frames(conn, bytes(blocks), now)
             case Counts():
                 self._hear_counts(message)
+            case Totals():
+                link.totals = message
             case FlowSeen(conn, key):
                 self._hear_flow(link, conn, key, now)
             case Opened(conn, peer, local, tls):
@@ -447,6 +466,8 @@ class Core:
         port = self._ports.pop(session.claim.session, None)
         hub = self._hubs.get(session.hub_id)
         if port is not None and hub is not None:
+            past = self._past_counts.get(session.hub_id, ())
+            self._past_counts[session.hub_id] = _sums(past, session.total_counts())
             hub.leave(port)
             self._withdraw(hub)
 
@@ -574,7 +595,7 @@ class Core:
     def _hear_counts(self, counts: Counts) -> None:
         session = self._sessions.of_connection(counts.conn)
         if session is not None:
-            session.counts[counts.conn] = counts[1:]
+            session.counts[counts.conn] = (*counts[1:5], *counts.drops)
 
     def _lose(self, what: str) -> None:
         self._lost[what] = self._lost.get(what, 0) + 1
@@ -723,6 +744,7 @@ class Core:
         for hub_id in list(self._hubs):
             if hub_id not in self._accounts.hubs and hub_id != CANARY_HUB_ID:
                 del self._hubs[hub_id]
+                self._past_counts.pop(hub_id, None)
 
     def _why_not(self, session: Session) -> str:
         """Why a session may not go on; "": it may."""
@@ -743,42 +765,62 @@ class Core:
 
     # --- what operators ask
 
-    def sessions(self, hub_id: int | None) -> list[dict[str, Any]]:
+    def sessions(self, hub_id: int | None, page: Page) -> list[dict[str, Any]]:
         """`Live.sessions`."""
         now = time.monotonic()
-        shown = []
-        for session in self._sessions.all():
-            hub = self._accounts.hubs.get(session.hub_id)
-            if hub is None or hub_id not in (None, session.hub_id):
-                continue
-            frames_in, bytes_in, frames_out, bytes_out, drops = session.total_counts()
-            port = self._ports[session.claim.session]
-            connections = [self._connections[conn] for conn in session.connections]
-            shown.append(
-                {
-                    "name": session.name,
-                    "hub": hub.name,
-                    "user": session.user,
-                    "client": session.client,
-                    "peer": connections[0].peer if connections else "",
-                    "tls": connections[0].tls if connections else "",
-                    "records": _records(connections),
-                    "connections": len(connections),
-                    "max_connections": session.claim.max_connection,
-                    "half_duplex": session.claim.half,
-                    "age": round(now - session.created_at, 1),
-                    "orphan_for": (
-                        None if session.orphan_at is None else round(now - session.orphan_at, 1)
-                    ),
-                    "frames_in": frames_in,
-                    "bytes_in": bytes_in,
-                    "frames_out": frames_out,
-                    "bytes_out": bytes_out,
-                    "edge_drops": drops,
-                    "drops": _names(port.drops),
-                }
-            )
-        return sorted(shown, key=lambda one: (one["hub"].lower(), -one["age"]))
+        hubs = self._accounts.hubs
+        of_hubs = self._sessions.all() if hub_id is None else self._sessions.in_hub(hub_id)
+        found = [
+            (page_key(hubs[session.hub_id].name, session.name), session)
+            for session in of_hubs
+            if session.hub_id in hubs  # not the canary's
+        ]
+        return [self._show_session(session, now) for session in page.of(found)]
+
+    def _show_session(self, session: Session, now: float) -> dict[str, Any]:
+        frames_in, bytes_in, frames_out, bytes_out, *edge_drops = session.total_counts()
+        connections = [self._connections[conn] for conn in session.connections]
+        drops = Counter(self._ports[session.claim.session].named_drops())
+        drops.update(_named(EdgeDrop, edge_drops))
+        return {
+            "name": session.name,
+            "hub": self._accounts.hubs[session.hub_id].name,
+            "user": session.user,
+            "client": session.client,
+            "peer": connections[0].peer if connections else "",
+            "tls": connections[0].tls if connections else "",
+            "records": "+".join(sorted({one.records for one in connections})),
+            "connections": len(connections),
+            "max_connections": session.claim.max_connection,
+            "half_duplex": session.claim.half,
+            "age": round(now - session.created_at, 1),
+            "orphan_for": None if session.orphan_at is None else round(now - session.orphan_at, 1),
+            "frames_in": frames_in,
+            "bytes_in": bytes_in,
+            "frames_out": frames_out,
+            "bytes_out": bytes_out,
+            "drops": drops,
+        }
+
+    def sessions_of_users(self, hub_id: int) -> dict[str, int]:
+        """`Live.sessions_of_users`."""
+        return Counter(session.user for session in self._sessions.in_hub(hub_id))
+
+    def connections(self, page: Page) -> list[dict[str, Any]]:
+        """`Live.connections`."""
+        found = [(page_key(one.id), one) for one in self._connections.values()]
+        return [
+            {
+                "id": one.id,
+                "peer": one.peer,
+                "local": one.local,
+                "tls": one.tls,
+                "records": one.records,
+                "session": "" if one.session is None else one.session.name,
+                "hub": "" if one.hub is None else one.hub.name,
+            }
+            for one in page.of(found)
+        ]
 
     def sessions_named(self, hub_id: int, name: str) -> list[SessionName]:
         """`Live.sessions_named`."""
@@ -788,29 +830,24 @@ class Core:
             if session.name.lower() == name.lower()
         ]
 
-    def macs(self, hub_id: int) -> list[dict[str, Any]]:
+    def macs(self, hub_id: int, page: Page) -> list[dict[str, Any]]:
         """`Live.macs`."""
         now = time.monotonic()
-        hub = self._hubs[hub_id]
-        return [
-            {
-                "mac": key[:6].hex(":"),
-                "vlan": int.from_bytes(key[6:], "big") if len(key) > 6 else None,
-                "port": port.name,
-                "age": round(now - seen_at, 1),
-            }
-            for key, port, seen_at in sorted(hub.macs.entries(), key=lambda entry: entry[0])
-        ]
+        found = []
+        for key, port, seen_at in self._hubs[hub_id].macs.entries():
+            mac = key[:6].hex(":")
+            vlan = int.from_bytes(key[6:], "big") if len(key) > 6 else None
+            shown = {"mac": mac, "vlan": vlan, "port": port.name, "age": round(now - seen_at, 1)}
+            found.append((page_key(mac, vlan), shown))
+        return page.of(found)
 
     def hub(self, hub_id: int) -> dict[str, Any]:
         """`Live.hub`."""
         hub = self._hubs[hub_id]
         counts = [session.total_counts() for session in self._sessions.in_hub(hub_id)]
-        totals = [sum(column) for column in zip(*counts, strict=True)] or [0] * 5
-        drops: dict[Drop, int] = {}
-        for port in hub.ports.values():
-            for why, count in port.drops.items():
-                drops[why] = drops.get(why, 0) + count
+        totals = _sums((0,) * 4, self._past_counts.get(hub_id, ()), *counts)
+        drops = hub.drops()
+        drops.update(_named(EdgeDrop, totals[4:]))
         return {
             "sessions": self._sessions.count(hub_id),
             "macs": len(hub.macs),
@@ -820,7 +857,7 @@ class Core:
             "bytes_in": totals[1],
             "frames_out": totals[2],
             "bytes_out": totals[3],
-            "drops": _names(drops),
+            "drops": drops,
         }
 
     def bridges(self) -> dict[str, str]:
@@ -832,27 +869,36 @@ class Core:
 
     def status(self) -> dict[str, Any]:
         """`Live.status`."""
+        drops: Counter[str] = Counter()
+        refusals: Counter[str] = Counter()
+        for hub in self._hubs.values():
+            drops.update(hub.drops())
+        for link in self._links:
+            if link.totals is not None:
+                drops.update(_named(EdgeDrop, link.totals.drops))
+                refusals.update(_named(Refusal, link.totals.refusals))
         return {
             "sessions": len(self._sessions) - self._sessions.count(CANARY_HUB_ID),
             "connections": len(self._connections),
+            "records": Counter(one.records for one in self._connections.values()),
             "flows": sum(len(hub.flows) for hub in self._hubs.values()),
             "uptime": round(time.monotonic() - self._started_at, 1),
             "incarnation": self._child.incarnation,
             "loading": self._desk.loading,
+            "drops": drops,
+            "refused": refusals,
             "refused_logins": {str(int(code)): n for code, n in self._desk.refused.items()},
             "lost": dict(self._lost),
         }
 
 
-def _records(connections: list[Connection]) -> str:
-    """Whose TLS record layer they have: "own", "openssl", both, or nothing."""
-    # An edge says "TLSv1.3 own TLS_AES_256_GCM_SHA384".
-    found = {connection.tls.split(" ")[1] for connection in connections if " " in connection.tls}
-    return "+".join(sorted(found))
+def _sums(*counts: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(map(sum, zip_longest(*counts, fillvalue=0)))
 
 
-def _names(drops: dict[Drop, int]) -> dict[str, int]:
-    return {why.value: count for why, count in drops.items()}
+def _named(names: type[EdgeDrop] | type[Refusal], counts: Iterable[int]) -> dict[str, int]:
+    """What there is of each, by name."""
+    return {name.value: n for name, n in zip(names, counts, strict=False) if n}
 
 
 def _take_mark(child: Child) -> Mark:

@@ -13,6 +13,7 @@ import struct
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from pkvpn.channel import EdgeDrop
 from pkvpn.protocol.messages import Direction
 
 # 5 bytes session: 3 bytes counter, 2 bytes random, so that a counter that starts again makes no
@@ -81,14 +82,15 @@ class Session:
     # When the last connection went; None: there is one.
     orphan_at: float | None = None
     # Of connections that are gone, and of those that are there: frames in, bytes in, frames out,
-    # bytes out, drops.
-    past_counts: tuple[int, ...] = (0, 0, 0, 0, 0)
+    # bytes out, drops per `EdgeDrop`.
+    past_counts: tuple[int, ...] = (0,) * (4 + len(EdgeDrop))
     counts: dict[int, tuple[int, ...]] = field(default_factory=dict)
     # Connections that may carry frames to the client; kept by attach and detach.
     to_client: tuple[int, ...] = ()
 
     def total_counts(self) -> tuple[int, ...]:
-        """Frames in (from the client), bytes in, frames out, bytes out, drops in the edge."""
+        """Frames in (from the client), bytes in, frames out, bytes out; what the edge dropped, per
+        `EdgeDrop`."""
         return tuple(
             sum(column) for column in zip(self.past_counts, *self.counts.values(), strict=True)
         )

@@ -11,6 +11,7 @@ The memory, all numbers in the machine's own order since it never leaves the mac
     header    4096  8 magic, u32 slots, u32 size of a receive ring, u32 of a send ring
               64:   the poison mark: u64 connection, u64 position
               80:   the mark at which a predecessor died, the same two
+              128:  what was dropped and refused in all, per `EdgeDrop` and `Refusal`
     switches  for each slot u8: 0 free, else 1 + the hot copy in force; then for each slot
               u8 dirty: something may lie in its rings; filled up to a whole page
     slots     SLOT_SIZE each
@@ -26,7 +27,7 @@ connection.
 import struct
 from typing import NamedTuple
 
-from pkvpn.channel import MAX_BLOB, Mode
+from pkvpn.channel import MAX_BLOB, EdgeDrop, Mode, Refusal
 from pkvpn.edge.rings import Ring
 
 MAGIC = b"pkvpn ck"
@@ -37,6 +38,8 @@ _HEADER = struct.Struct("=8sIII")
 _MARK = struct.Struct("=QQ")
 _MARK_AT = 64
 _DIED_AT = 80
+_TOTALS = struct.Struct(f"={len(EdgeDrop) + len(Refusal)}Q")
+_TOTALS_AT = 128
 
 # A slot:
 #   0         identity, written once before the switch leaves 0
@@ -49,7 +52,8 @@ _TEXT = 128
 # conn, SO_COOKIE, when it was accepted, number of the suite, peer, local, tls
 _IDENTITY = struct.Struct(f"=QQdH{_TEXT}p{_TEXT}p{_TEXT}p")
 _HOT = struct.Struct("=QQQIIQQQB")
-_COUNTS = struct.Struct("=QQQQQ")
+# Frames in, bytes in, frames out, bytes out; frames dropped per `EdgeDrop`.
+_COUNTS = struct.Struct(f"={4 + len(EdgeDrop)}Q")
 # read secret, write secret, number, mode, T, why it is closed, blob
 _COLD = struct.Struct(f"=49p49pQBd{_TEXT * 2 - 1}pH{MAX_BLOB}s")
 
@@ -138,7 +142,7 @@ class Slot:
             *(text.encode()[: _TEXT - 1] for text in identity[4:]),
         )
         self._memory[self._dirty] = 1
-        self.save_counts(0, 0, 0, 0, 0)
+        self.save_counts(*bytes(4 + len(EdgeDrop)))
         self.save_cold(cold)
         self.save(hot)
 
@@ -182,9 +186,8 @@ class Slot:
     def save_counts(self, *counts: int) -> None:
         _COUNTS.pack_into(self._memory, self._at + _COUNTS_AT, *counts)
 
-    def load_counts(self) -> tuple[int, int, int, int, int]:
-        a, b, c, d, e = _COUNTS.unpack_from(self._memory, self._at + _COUNTS_AT)
-        return a, b, c, d, e
+    def load_counts(self) -> tuple[int, ...]:
+        return _COUNTS.unpack_from(self._memory, self._at + _COUNTS_AT)
 
     def load(self) -> tuple[Identity, Hot, Cold]:
         """What a predecessor left in force.  Raises CheckpointError."""
@@ -289,6 +292,13 @@ class Checkpoint:
         """Say what is worked on now; 0 and 0: nothing."""
         _MARK.pack_into(self._memory, _MARK_AT, conn, position)
 
+    def save_totals(self, drops: tuple[int, ...], refusals: tuple[int, ...]) -> None:
+        _TOTALS.pack_into(self._memory, _TOTALS_AT, *drops, *refusals)
+
+    def load_totals(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        totals = _TOTALS.unpack_from(self._memory, _TOTALS_AT)
+        return totals[: len(EdgeDrop)], totals[len(EdgeDrop) :]
+
     def poisoned(self) -> int:
         """To be called once at start: the connection that two predecessors died on, or 0.
 
@@ -314,6 +324,7 @@ def checkpoint_size(slots: int, rx_size: int, tx_size: int) -> int:
     return _rings_at(slots) + slots * (rx_size + tx_size)
 
 
+assert _TOTALS_AT + _TOTALS.size <= HEADER_SIZE
 assert _IDENTITY_AT + _IDENTITY.size <= _COUNTS_AT
 assert _COUNTS_AT + _COUNTS.size <= _HOT_AT
 assert _HOT.size <= _HOT_SIZE

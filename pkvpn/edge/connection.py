@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Protocol
 
-from pkvpn.channel import MAX_BLOCKS, MAX_REQUEST, Mode, Replay, State
+from pkvpn.channel import MAX_BLOCKS, MAX_REQUEST, EdgeDrop, Mode, Refusal, Replay, State
 from pkvpn.edge.checkpoint import Cold, Hot, Identity, Slot
 from pkvpn.edge.rings import Ring
 from pkvpn.edge.tls_records import (
@@ -79,6 +79,9 @@ _KEY_UPDATES_PER_SECOND = 10
 # Memory before the place where a turn's first byte is opened to, for a batch header in front.
 _HEADROOM = 16
 
+_PLACE = {why: at for at, why in enumerate(EdgeDrop)}
+_NO_DROPS = (0,) * len(EdgeDrop)
+
 # Modes in which frames are taken from, or sent to, the client.
 _RECEIVING = frozenset({Mode.BLOCKS, Mode.BLOCKS_IN})
 _SENDING = frozenset({Mode.BLOCKS, Mode.BLOCKS_OUT})
@@ -86,6 +89,10 @@ _SENDING = frozenset({Mode.BLOCKS, Mode.BLOCKS_OUT})
 
 class ConnectionEnds(Exception):
     """This connection must be closed; the text says why."""
+
+
+class BrokenProtocol(ConnectionEnds):
+    """By what the client sent, which no client of ours would have."""
 
 
 class Records(Protocol):
@@ -314,8 +321,9 @@ class Turn:
         self.scratch = memoryview(bytearray(_HEADROOM + rx_size + MAX_REQUEST + MAX_RECORD))
         # Connections that have something to send.
         self.touched: list[Connection] = []
-        # Frames dropped, by reason.
-        self.drops: Counter[str] = Counter()
+        # What was dropped and refused in all.
+        self.drops: Counter[EdgeDrop] = Counter()
+        self.refusals: Counter[Refusal] = Counter()
         # Frames forwarded by known flows.
         self.forwarded = 0
 
@@ -332,7 +340,7 @@ class Connection:
         "bytes_in",
         "bytes_out",
         "closing",
-        "dropped",
+        "drops",
         "flows",
         "frames_in",
         "frames_out",
@@ -389,7 +397,8 @@ class Connection:
         self.seen: set[bytes] = set()
         # Blocks for the core, each part at most one run; taken by the shell in the same turn.
         self.misses: list[bytes] = []
-        self.frames_in = self.bytes_in = self.frames_out = self.bytes_out = self.dropped = 0
+        self.frames_in = self.bytes_in = self.frames_out = self.bytes_out = 0
+        self.drops = _NO_DROPS
         # It stands in Turn.touched.
         self.touched = False
         self._turn = turn
@@ -493,13 +502,10 @@ class Connection:
         self._batch_left = hot.batch_left
         self.number, self.mode, self.timeout = cold.number, cold.mode, cold.timeout
         self.closing, self.blob = cold.close, cold.blob
-        (
-            self.frames_in,
-            self.bytes_in,
-            self.frames_out,
-            self.bytes_out,
-            self.dropped,
-        ) = slot.load_counts()
+        (self.frames_in, self.bytes_in, self.frames_out, self.bytes_out, *drops) = (
+            slot.load_counts()
+        )
+        self.drops = tuple(drops)
         return self
 
     def replay(self) -> Replay:
@@ -515,8 +521,8 @@ class Connection:
             self.blob,
         )
 
-    def counts(self) -> tuple[int, int, int, int, int]:
-        return self.frames_in, self.bytes_in, self.frames_out, self.bytes_out, self.dropped
+    def counts(self) -> tuple[int, int, int, int, tuple[int, ...]]:
+        return self.frames_in, self.bytes_in, self.frames_out, self.bytes_out, self.drops
 
     # --- what comes in ----------------------------------------------------------------------------
 
@@ -552,16 +558,16 @@ class Connection:
             raise ConnectionEnds("client said goodbye")
         if not self.request:
             if kept > _MAX_RECORDS_PER_MESSAGE:
-                raise ConnectionEnds(f"a message in more than {_MAX_RECORDS_PER_MESSAGE} records")
+                raise BrokenProtocol(f"a message in more than {_MAX_RECORDS_PER_MESSAGE} records")
             if not self.rx.room():
-                raise ConnectionEnds(f"{self.rx.size} bytes and no message")
+                raise BrokenProtocol(f"{self.rx.size} bytes and no message")
             self.rx.rewind()
             self._idle_until = records.whole_at
 
     def _cut_request(self, data: memoryview) -> None:
         """Find the next request, if it is whole, and leave it where it is until it is answered."""
         if self.rx.end > self._login_bytes:
-            raise ConnectionEnds(f"more than {self._login_bytes} bytes before a login")
+            raise BrokenProtocol(f"more than {self._login_bytes} bytes before a login")
         if not data:
             return
         try:
@@ -569,7 +575,7 @@ class Connection:
             # Only the first: what is behind it may be anything, and as many as a ring can hold.
             request = cutter.first(bytes(data[:MAX_REQUEST]))
         except ProtocolError as error:
-            raise ConnectionEnds(str(error)) from None
+            raise BrokenProtocol(str(error)) from None
         if request is not None:
             self.request = request
 
@@ -600,18 +606,18 @@ class Connection:
                         break
                     (size,) = read_u32(scratch, at + 4)
                     if size > MAX_KEEP_ALIVE:
-                        raise ConnectionEnds(f"keep-alive of {size} bytes")
+                        raise BrokenProtocol(f"keep-alive of {size} bytes")
                     if end - at < 8 + size:
                         break
                     at += 8 + size
                 elif size > MAX_COUNT:
-                    raise ConnectionEnds(f"batch of {size} frames")
+                    raise BrokenProtocol(f"batch of {size} frames")
                 else:
                     left = size
                     at += 4
                 continue
             if size > MAX_BLOCK:
-                raise ConnectionEnds(f"block of {size} bytes")
+                raise BrokenProtocol(f"block of {size} bytes")
             if end - at < 4 + size:
                 break
             if not MIN_FRAME <= size <= MAX_FRAME or not wanted:
@@ -702,13 +708,16 @@ class Connection:
     def _drop_block(self, size: int) -> None:
         if not size:
             return  # nothing was in it
-        reason = "runt" if size < MIN_FRAME else "oversized" if size > MAX_FRAME else "direction"
-        self.drop(reason, 1)
+        if size < MIN_FRAME:
+            self.drop(EdgeDrop.SHORT, 1)
+        else:
+            self.drop(EdgeDrop.OVERSIZE if size > MAX_FRAME else EdgeDrop.DIRECTION, 1)
 
-    def drop(self, reason: str, frames: int) -> None:
+    def drop(self, why: EdgeDrop, frames: int) -> None:
         """Count frames from or to this client that go no further."""
-        self._turn.drops[reason] += frames
-        self.dropped += frames
+        self._turn.drops[why] += frames
+        at = _PLACE[why]
+        self.drops = (*self.drops[:at], self.drops[at] + frames, *self.drops[at + 1 :])
 
     def take_misses(self) -> list[bytes]:
         """What `receive` left for the core, in pieces of whole blocks that fit into a Frames."""
@@ -737,12 +746,12 @@ class Connection:
         What does not fit is dropped: a client that does not read costs its own frames only.
         """
         if self.mode not in _SENDING:
-            self.drop("not open", frames)
+            self.drop(EdgeDrop.NOT_OPEN, frames)
             return
         room = self.records.room()
         if end - start > room:
             end, fit, octets = _cut(buffer, start, start + room)
-            self.drop("slow client", frames - fit)
+            self.drop(EdgeDrop.SLOW_CLIENT, frames - fit)
             frames = fit
             if not frames:
                 return

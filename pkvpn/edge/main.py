@@ -25,10 +25,17 @@ from pathlib import Path
 from typing import Any
 
 from pkvpn import channel
-from pkvpn.channel import ChannelError, Mode
+from pkvpn.channel import ChannelError, EdgeDrop, Mode, Refusal
 from pkvpn.edge import certificate, kernel
 from pkvpn.edge.checkpoint import Checkpoint, CheckpointError, Identity, Slot, checkpoint_size
-from pkvpn.edge.connection import Connection, ConnectionEnds, OwnRecords, Records, Turn
+from pkvpn.edge.connection import (
+    BrokenProtocol,
+    Connection,
+    ConnectionEnds,
+    OwnRecords,
+    Records,
+    Turn,
+)
 from pkvpn.edge.flows import Flows
 from pkvpn.edge.handshake import (
     Handshake,
@@ -194,6 +201,9 @@ class Edge:
         self._lock = -1
         self._checkpoint = self._map_checkpoint()
         self._turn = Turn(self._checkpoint.rx_size)
+        drops, refusals = self._checkpoint.load_totals()
+        self._turn.drops.update(dict(zip(EdgeDrop, drops, strict=True)))
+        self._turn.refusals.update(dict(zip(Refusal, refusals, strict=True)))
         self._flows: Flows[Connection] = Flows()
         self._peers: dict[int, Peer] = {}  # by connection
         self._by_fd: dict[int, Peer] = {}
@@ -207,7 +217,8 @@ class Edge:
         self._strangers: dict[int, None] = {}
         self._not_given: set[int] = set()
         self._not_dropped: set[bytes] = set()
-        self._counted: dict[int, tuple[int, int, int, int, int]] = {}
+        self._counted: dict[int, tuple[int, int, int, int, tuple[int, ...]]] = {}
+        self._totals_told: channel.Totals | None = None
         self._epoch = 0
         self._old_flows_end = 0.0  # when flows of other epochs end; 0.0: there are none
         self._core_read_at = self.now
@@ -217,7 +228,7 @@ class Edge:
         self._next_counts = self.now + _COUNTS_INTERVAL
         self._next_seen = self.now + _FLOWS_SEEN_INTERVAL
         self._next_memory = self.now + _MEMORY_INTERVAL
-        self._reported_drops: Counter[str] = Counter()
+        self._logged_drops: Counter[EdgeDrop | Refusal] = self._dropped()
         self._accepting = False
         self._accept = child.duty("accept")
         self._login = child.duty("login")
@@ -484,7 +495,7 @@ class Edge:
         if now >= self._next_memory:
             self._next_memory = now + _MEMORY_INTERVAL
             self._give_back_memory()
-            self._report_drops()
+            self._log_drops()
         if self._backlog:
             return  # counts are cumulative, and can wait
         if now >= self._next_counts:
@@ -506,6 +517,7 @@ class Edge:
             if connection is not None and connection.request:
                 limit += _ANSWER_TIMEOUT  # it is the core that is late, not the client
             if now >= limit:
+                self._turn.refusals[Refusal.SLOW_LOGIN] += 1
                 self._end(peer, "login takes too long")
             return
         try:
@@ -530,11 +542,25 @@ class Edge:
         except OSError as error:
             _log.warning("memory of rings is not given back: %s", error)
 
-    def _report_drops(self) -> None:
-        if self._turn.drops != self._reported_drops:
-            new = self._turn.drops - self._reported_drops
-            _log.info("dropped: %s", ", ".join(f"{count} {why}" for why, count in new.items()))
-            self._reported_drops = self._turn.drops.copy()
+    def _dropped(self) -> "Counter[EdgeDrop | Refusal]":
+        dropped: Counter[EdgeDrop | Refusal] = Counter(self._turn.drops)
+        dropped.update(self._turn.refusals)
+        return dropped
+
+    def _log_drops(self) -> None:
+        dropped = self._dropped()
+        new = dropped - self._logged_drops
+        if new:
+            text = ", ".join(f"{count} {why.value}" for why, count in new.items())
+            _log.info("dropped: %s", text)
+            self._logged_drops = dropped
+
+    def _totals(self) -> channel.Totals:
+        turn = self._turn
+        return channel.Totals(
+            tuple(turn.drops[why] for why in EdgeDrop),
+            tuple(turn.refusals[why] for why in Refusal),
+        )
 
     def _report_counts(self) -> None:
         for conn, peer in self._peers.items():
@@ -544,8 +570,13 @@ class Edge:
             if self._counted.get(conn) != counts:
                 self._counted[conn] = counts
                 if peer.connection.slot is not None:
-                    peer.connection.slot.save_counts(*counts)
+                    peer.connection.slot.save_counts(*counts[:4], *counts[4])
                 self._say(channel.Counts(conn, *counts))
+        totals = self._totals()
+        if totals != self._totals_told:
+            self._totals_told = totals
+            self._checkpoint.save_totals(*totals)
+            self._say(totals)
 
     def _report_seen(self) -> None:
         for conn, peer in self._peers.items():
@@ -592,7 +623,7 @@ class Edge:
         """To be called if all places are taken and `_can_make_room`."""
         oldest = next(iter(self._strangers))
         del self._strangers[oldest]
-        self._turn.drops["strangers that made room"] += 1
+        self._turn.refusals[Refusal.MADE_ROOM] += 1
         self._end(self._peers[oldest], "no place for who does not log in")
 
     def _accept_our_own(self) -> None:
@@ -616,7 +647,7 @@ class Edge:
                 elif len(self._waiting) < _MAX_WAITING:
                     self._waiting.append((sock, address, self.now + self.settings.login_timeout))
                 else:
-                    self._turn.drops["connections without a place"] += 1
+                    self._turn.refusals[Refusal.NO_PLACE] += 1
                     sock.close()
 
     def _accept_some(self, listener: socket.socket) -> None:
@@ -645,7 +676,7 @@ class Edge:
         network = _network(address[0])
         limit = self.settings.max_per_address
         if limit and self._per_address.get(network, 0) >= limit:
-            self._turn.drops["connections of one address"] += 1
+            self._turn.refusals[Refusal.ADDRESS] += 1
             sock.close()
             return
         sock.setblocking(False)
@@ -707,6 +738,7 @@ class Edge:
             peer.unsent += handshake.feed(data)
         except HandshakeError as error:
             _log.info("handshake with %s: %s", peer.peer, error)
+            self._turn.refusals[Refusal.HANDSHAKE] += 1
             peer.unsent += handshake.alert()
             try:
                 self._send_unsent(peer)
@@ -843,8 +875,10 @@ class Edge:
             connection.receive(self.now)
         except ConnectionEnds as error:
             ends = str(error)
+            self._turn.refusals[Refusal.GARBAGE] += isinstance(error, BrokenProtocol)
         except TLSError as error:
             ends, alert = str(error), error.alert
+            self._turn.refusals[Refusal.GARBAGE] += 1
         except Exception:  # noqa: BLE001  # a bug of ours costs one connection, not all of them
             _log.exception("connection %#x of %s", peer.conn, peer.peer)
             ends, alert = "internal error", Alert.INTERNAL_ERROR
@@ -870,13 +904,13 @@ class Edge:
             if crowded:
                 used = self._crowded_used.get(connection.conn, 0)
                 if used and used + len(blocks) > _CROWDED_QUOTA:
-                    connection.drop("core busy", channel.count_blocks(blocks))
+                    connection.drop(EdgeDrop.CORE_BUSY, channel.count_blocks(blocks))
                     continue
                 self._crowded_used[connection.conn] = used + len(blocks)
             try:
                 self._frames.send(channel.encode(channel.Frames(connection.conn, blocks)))
             except BlockingIOError:
-                connection.drop("core busy", channel.count_blocks(blocks))
+                connection.drop(EdgeDrop.CORE_BUSY, channel.count_blocks(blocks))
                 if not crowded:
                     crowded = True
                     self._crowded_used.clear()
@@ -1123,6 +1157,7 @@ class Edge:
             self._say(channel.FlowSeen(conn, key))
         self._say(channel.Replayed(hello.epoch))
         self._counted.clear()
+        self._totals_told = None
         self._old_flows_end = self.now + _OLD_FLOWS_TIMEOUT
         for connection in live:
             if connection.request:
@@ -1147,7 +1182,7 @@ class Edge:
             for conn in message.conns:
                 peer = self._peers.get(conn)
                 if peer is None or peer.connection is None:
-                    self._turn.drops["no such connection"] += count
+                    self._turn.drops[EdgeDrop.NO_CONNECTION] += count
                     continue
                 # Each time: who has not room for all of it cuts it.
                 batch[:4] = channel.U32.pack(count)

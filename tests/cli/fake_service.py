@@ -44,7 +44,7 @@ STATUS: dict[str, Any] = {
 }
 
 
-SESSIONS = [{"name": f"SID-{number}", "user": "u1"} for number in range(5)]
+SESSIONS = [{"hub": "T", "name": f"SID-{number}", "user": "u1"} for number in range(5)]
 
 
 def core_answer(verb: str, args: dict[str, Any]) -> Any:
@@ -52,8 +52,8 @@ def core_answer(verb: str, args: dict[str, Any]) -> Any:
     if verb == "status":
         return {"sessions": len(SESSIONS)}
     if verb == "session.list":
-        names = [session["name"] for session in SESSIONS]
-        first = names.index(args["after"]) + 1 if "after" in args else 0
+        keys = [f"{session['hub']}\0{session['name']}" for session in SESSIONS]
+        first = keys.index(args["after"]) + 1 if "after" in args else 0
         return SESSIONS[first : first + 2]
     raise control.ControlError(f"{verb} is refused: {json.dumps(args, sort_keys=True)}")
 

@@ -198,7 +198,7 @@ def test_the_running_core_is_asked_and_asked_again_until_a_list_is_complete(
     assert names == [f"SID-{number}" for number in range(5)]
 
     assert place.vpnserver("session", "list") == OK
-    assert capsys.readouterr().out.splitlines()[:2] == ["NAME   USER", "SID-0  u1"]
+    assert capsys.readouterr().out.splitlines()[:2] == ["HUB  NAME   USER", "T    SID-0  u1"]
 
     assert place.vpnserver("bridge", "add", "T", "tap0", "--linux-bridge", "br0") == 1
     assert capsys.readouterr().err == (

@@ -1,13 +1,15 @@
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pkvpn.core.accounts import Accounts, Change, Kicked
-from pkvpn.core.control import Control, Refused, SessionName
+from pkvpn.core.accounts import Accounts, Change, HubRecord, Kicked, UserRecord
+from pkvpn.core.control import Control, Page, Refused, SessionName, page_key
 from pkvpn.core.store import Store
 from pkvpn.protocol.hashes import user_key
+from pkvpn.watchdog.control import MAX_LINE
 
 
 class Core:
@@ -23,14 +25,22 @@ class Core:
     def replace(self, accounts: Accounts) -> None:
         self.replaced += 1
 
-    def sessions(self, hub_id: int | None) -> list[dict[str, Any]]:
-        return [{"name": f"SID-U-{i}", "user": "u"} for i in range(300)]
+    def sessions(self, hub_id: int | None, page: Page) -> list[dict[str, Any]]:
+        shown = [{"hub": "T", "name": f"SID-U-{i}", "padding": "x" * 500} for i in range(5000)]
+        return page.of((page_key(one["hub"], one["name"]), one) for one in shown)
+
+    def sessions_of_users(self, hub_id: int) -> dict[str, int]:
+        return {"u": 300}
+
+    def connections(self, page: Page) -> list[dict[str, Any]]:
+        return page.of((page_key(f"{i:04}"), {"id": f"{i:04}"}) for i in range(5000))
 
     def sessions_named(self, hub_id: int, name: str) -> list[SessionName]:
         return [SessionName(1, 7, "SID-U-7")] if name.upper() == "SID-U-7" else []
 
-    def macs(self, hub_id: int) -> list[dict[str, Any]]:
-        return [{"mac": f"02:00:00:00:00:0{i // 3}"} for i in range(9)]
+    def macs(self, hub_id: int, page: Page) -> list[dict[str, Any]]:
+        macs = [{"mac": f"02:00:00:00:{i // 3:04}", "vlan": i % 3 or None} for i in range(5000)]
+        return page.of((page_key(one["mac"], one["vlan"]), one) for one in macs)
 
     def hub(self, hub_id: int) -> dict[str, Any]:
         return {"sessions": 300}
@@ -119,17 +129,53 @@ def test_a_core_is_told_every_change(store: Store) -> None:
     assert "reload" in control.answer("bridge.delete", {"device": "tap1"})["note"]
 
 
+def all_pages(control: Control, verb: str, keys: tuple[str, ...], **args: Any) -> list[Any]:
+    found: list[Any] = []
+    while page := control.answer(verb, args):
+        assert len(json.dumps({"ok": True, "result": page})) < MAX_LINE
+        found += page
+        last = ("" if page[-1][key] is None else str(page[-1][key]) for key in keys)
+        args["after"] = "\0".join(last)
+    return found
+
+
 def test_long_lists_come_in_pages(store: Store) -> None:
     control = Control(store, Core())
-    first = control.answer("session.list", {})
-    second = control.answer("session.list", {"after": first[-1]["name"]})
-    assert [one["name"] for one in first + second] == [f"SID-U-{i}" for i in range(300)]
+    sessions = all_pages(control, "session.list", ("hub", "name"))
+    assert {one["name"] for one in sessions} == {f"SID-U-{i}" for i in range(5000)}
+    assert len(sessions) == len(all_pages(control, "connection.list", ("id",))) == 5000
     assert len(control.answer("session.list", {"limit": 5})) == 5
     control.answer("hub.add", {"name": "T"})
-    assert len(control.answer("mac.list", {"hub": "T", "limit": 2})) == 3  # all of one address
-    for args in ({"limit": 0}, {"limit": 1000}, {"after": "gone"}):
+    macs = all_pages(control, "mac.list", ("mac", "vlan"), hub="T")
+    assert len({(one["mac"], one["vlan"]) for one in macs}) == len(macs) == 5000
+    for limit in (0, 1000):
         with pytest.raises(Refused):
-            control.answer("session.list", args)
+            control.answer("session.list", {"limit": limit})
+
+
+@pytest.mark.parametrize("live", [None, Core()], ids=["down", "running"])
+def test_five_thousand_users_and_hubs_come_in_pages(store: Store, live: Core | None) -> None:
+    accounts = Accounts()
+    for number in range(1, 5001):
+        accounts.apply(HubRecord(number, f"hub-{number}", True, 0, 0))
+        name = f"user-{number}" + "x" * 200
+        accounts.apply(UserRecord(number, 1, name, "anonymous", b"", b"", number))
+    control = Control(store, live, accounts)
+    for verb, name, more in (("user.list", "user", {"hub": "hub-1"}), ("hub.list", "hub", {})):
+        found = [one["name"].rstrip("x") for one in all_pages(control, verb, ("name",), **more)]
+        assert sorted(found) == sorted(f"{name}-{number}" for number in range(1, 5001))
+
+
+def test_what_comes_and_goes_between_two_pages_moves_nothing_else(store: Store) -> None:
+    control = Control(store)
+    for name in "bdfh":
+        control.answer("hub.add", {"name": name})
+    first = control.answer("hub.list", {"limit": 2})
+    control.answer("hub.delete", {"name": first[-1]["name"]})
+    for name in "ag":
+        control.answer("hub.add", {"name": name})
+    rest = all_pages(control, "hub.list", ("name",), after=first[-1]["name"])
+    assert [hub["name"] for hub in first + rest] == list("bdfgh")
 
 
 def test_what_another_process_changed_is_seen(store: Store, tmp_path: Path) -> None:

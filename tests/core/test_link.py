@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import pytest
 
-from pkvpn.channel import ALL_FLOWS, Hello, Unflow, decode_from_core, join_blocks
+from pkvpn.channel import ALL_FLOWS, VERSION, Hello, Unflow, decode_from_core, join_blocks
 from pkvpn.core import link as link_module
 from pkvpn.core.link import Link
 
@@ -92,7 +92,7 @@ def test_an_edge_that_never_reads_is_greeted_anew_when_it_does(
     before = drain(ends.control)
     assert 0 < len(before) < count
     link.flush(9)
-    assert drain(ends.control) == [Hello(1, 9)]
+    assert drain(ends.control) == [Hello(VERSION, 9)]
     assert (link.lost, link.present) == (False, set())
 
 

@@ -14,6 +14,7 @@ from pkvpn.channel import (
     Adopted,
     Closed,
     Counts,
+    EdgeDrop,
     Flow,
     FlowSeen,
     Frames,
@@ -21,9 +22,11 @@ from pkvpn.channel import (
     Hello,
     Mode,
     Opened,
+    Refusal,
     Replayed,
     Request,
     State,
+    Totals,
     Unflow,
     join_blocks,
 )
@@ -157,17 +160,29 @@ def test_the_canary_hears_itself(tree: Tree, edge: Edge) -> None:
 
 def test_frames_find_their_way_and_flows_are_taught(tree: Tree, edge: Edge) -> None:
     one, two = two_clients(edge)
-    edge.say(Counts(one.conn, 10, 1000, 20, 2000, 3))
-    listed = eventually(lambda: [s for s in tree.ask("session.list") if s["frames_in"]])
-    assert (listed[0]["frames_in"], listed[0]["bytes_out"], listed[0]["edge_drops"]) == (
-        10,
-        2000,
-        3,
-    )
+    drops = tuple(3 if why is EdgeDrop.SLOW_CLIENT else 0 for why in EdgeDrop)
+    edge.say(Counts(one.conn, 10, 1000, 20, 2000, drops))
+    refusals = tuple(7 if why is Refusal.HANDSHAKE else 0 for why in Refusal)
+    edge.say(Totals(drops, refusals))
+    edge.send(one.conn, frame(B, A, size=1700))
+    both = {"slow client": 3, "oversize": 1}
+    listed = eventually(lambda: [s for s in tree.ask("session.list") if s["drops"] == both])
+    assert (listed[0]["frames_in"], listed[0]["bytes_out"]) == (10, 2000)
+    assert tree.ask("hub.show", name="T")["drops"] == both
+    status = eventually(lambda: (told := tree.ask("status"))["refused"] and told)
+    assert (status["drops"], status["refused"]) == (both, {"failed handshakes": 7})
+    assert status["records"] == {"own": 2}
+    (first, second) = tree.ask("connection.list")
+    assert (first["records"], first["session"]) == ("own", "SID-U1-1")
+    assert tree.ask("connection.list", after=first["id"]) == [second]
     assert {entry["mac"] for entry in tree.ask("mac.list", hub="T")} == {A.hex(":"), B.hex(":")}
     assert tree.ask("hub.show", name="t")["flows"] == 2
     edge.say(Closed(two.conn, "end of file"))
     assert edge.hear(Unflow) == Unflow(two.conn, ALL_FLOWS)
+    # What a client had dropped does not go with it.
+    tree.ask("session.kick", hub="T", name="SID-U1-1")
+    shown = tree.ask("hub.show", name="T")
+    assert (shown["drops"], shown["frames_in"]) == (both, 10)
 
 
 def test_a_mac_that_moves_takes_its_flows_with_it(edge: Edge) -> None:

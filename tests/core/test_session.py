@@ -2,6 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pkvpn.channel import EdgeDrop
 from pkvpn.core.session import Claim, Session, SessionKeys, Sessions
 from pkvpn.protocol.messages import Direction
 
@@ -127,15 +128,18 @@ def test_a_session_that_ended_here_does_not_come_back_by_its_key() -> None:
     assert table.detach(4, 12.0) is None
 
 
+NONE = (0,) * len(EdgeDrop)
+
+
 def test_counts_of_connections_that_are_gone_stay_with_the_session() -> None:
     table = sessions()
     session = opened(table, max_connection=2)
     for conn in (1, 2):
         table.attach(session, conn, Direction.BOTH)
-        session.counts[conn] = (conn, 10, 20, 30, 0)
+        session.counts[conn] = (conn, 10, 20, 30, *NONE)
     table.detach(1, 0.0)
-    session.counts[2] = (5, 11, 21, 31, 1)
-    assert session.total_counts() == (6, 21, 41, 61, 1)
+    session.counts[2] = (5, 11, 21, 31, 1, *NONE[1:])
+    assert session.total_counts() == (6, 21, 41, 61, 1, *NONE[1:])
 
 
 @pytest.mark.parametrize("conn", [0, 99])

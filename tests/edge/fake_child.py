@@ -86,7 +86,7 @@ class ScriptedCore:
         """The next message that is no count."""
         while True:
             message = channel.decode_from_edge(self.control.recv(channel.MAX_MESSAGE))
-            if not isinstance(message, channel.Counts | channel.FlowSeen):
+            if not isinstance(message, channel.Counts | channel.FlowSeen | channel.Totals):
                 return message
 
     def expect(self, kind: type[Any]) -> Any:

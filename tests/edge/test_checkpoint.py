@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pkvpn.channel import MAX_BLOB, Mode
+from pkvpn.channel import MAX_BLOB, EdgeDrop, Mode, Refusal
 from pkvpn.edge import checkpoint
 from pkvpn.edge.checkpoint import Checkpoint, CheckpointError, Cold, Hot, Identity, checkpoint_size
 
@@ -25,10 +25,14 @@ def test_a_successor_finds_what_is_in_force() -> None:
     slot = ours.take()
     assert slot is not None
     slot.create(IDENTITY, HOT, COLD)
-    slot.save_counts(1, 2, 3, 4, 5)
-    (found,) = Checkpoint(memoryview(memory)).left()
+    slot.save_counts(*range(4 + len(EdgeDrop)))
+    drops, refusals = tuple(range(len(EdgeDrop))), tuple(range(100, 100 + len(Refusal)))
+    ours.save_totals(drops, refusals)
+    theirs = Checkpoint(memoryview(memory))
+    assert theirs.load_totals() == (drops, refusals)
+    (found,) = theirs.left()
     assert found.load() == (IDENTITY, HOT, COLD)
-    assert found.load_counts() == (1, 2, 3, 4, 5)
+    assert found.load_counts() == tuple(range(4 + len(EdgeDrop)))
     rx, tx = found.rings(1100, 1950, HOT)
     assert (rx.start, rx.end, rx.base, rx.size) == (1000, 1100, 900, 256)
     assert (tx.start, tx.end, tx.base, tx.size) == (1950, 2000, 1900, 512)

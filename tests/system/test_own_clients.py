@@ -215,15 +215,17 @@ def test_jumbo_frames_are_dropped_by_name(
         largest, jumbo, hugest = (frame(MAC2, MAC1, bytes(n - 14)) for n in (1600, 1601, 3200))
         send_raw(one, jumbo, largest, hugest)
 
-        got = together([one, two], lambda: service.sessions("T", "u1")[0]["edge_drops"])
-        assert service.sessions("T", "u1")[0]["edge_drops"] == 2
+        got = together([one, two], lambda: service.sessions("T", "u1")[0]["drops"])
+        assert service.sessions("T", "u1")[0]["drops"] == {"oversize": 2}
+        assert service.json("hub", "show", "T")["drops"]["oversize"] >= 2
+        assert service.json("status")["core"]["drops"]["oversize"] >= 2
         assert got[1].count(largest) == 1
         assert two._stream is not None
         assert two._stream._decoder.oversized == 0
         assert (one.logins, one.resumptions) == (1, 0)
     # The edge says by name what it drops, now and then.
     log = service.directory / "state/pkvpn.log"
-    eventually(lambda: "dropped: 2 oversized" in log.read_text(), within=15.0)
+    eventually(lambda: "dropped: 2 oversize" in log.read_text(), within=15.0)
 
 
 def test_what_is_larger_than_a_jumbo_ends_the_connection_of_its_sender(

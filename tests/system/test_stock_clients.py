@@ -121,6 +121,11 @@ def test_both_are_logged_in_and_their_records_are_our_own(bed: Bed) -> None:
         assert session["tls"].split()[0] == "TLSv1.3"
         assert session["records"] == "own"
         assert session["name"] == status["Session Name"]
+    told = bed.service.json("status")
+    assert told["core"]["records"]["own"] >= 2
+    sessions = {one["session"]: one["records"] for one in told["connections"]}
+    for client in bed.clients:
+        assert sessions[client.status()["Session Name"]] == "own"
 
 
 def test_arp_and_ping(bed: Bed, same_sessions: None) -> None:
