@@ -42,6 +42,9 @@ EXIT_ORPHAN = 79
 #   up    G give (one descriptor goes with it), D drop       down  R refused: key, NUL, why
 GIVE, DROP, REFUSED = b"G", b"D", b"R"
 MAX_KEY = 64
+# The watchdog takes them when it reads a beat.  After so many the next beat comes early: the socket
+# has room for some two hundred.
+_GIFTS_PER_BEAT = 64
 
 # As plain numbers and made once: the enumeration costs half a millisecond of each respawn.
 ALL_SIGNALS = frozenset(map(int, signal.valid_signals()))
@@ -117,6 +120,7 @@ class Child:
         self._asked = False  # somebody sent us TERM
         self._passed_on = False  # and the watchdog will read of it
         self._dumped = False  # somebody sent us QUIT
+        self._untaken = 0  # what was given and dropped since the last beat
         self._wake_read, self._wake_write = birth.wake
         self._epoll = select.epoll()
         for fd in (birth.down, birth.gifts, self._wake_read):
@@ -201,6 +205,7 @@ class Child:
             if self._asked and not self.stopping:  # again with each beat, until it is heard
                 self._passed_on |= self._say(lifeline.encode_said(Kind.ASKED, self._seq))
             self._lag = 0.0
+            self._untaken = 0
             # At the same moments in all processes: the watchdog wakes once for all their beats.
             interval = self._birth.beat_interval
             self._next_beat = now - now % interval + interval
@@ -275,11 +280,16 @@ class Child:
             else:
                 self._gifts.send(message)
         except (BlockingIOError, TimeoutError):
+            self.hurry()
             return False
         except OSError as error:
             # ETOOMANYREFS: too many descriptors in flight; ENOBUFS, EPIPE: not now either.
             _log.debug("a gift was not sent: %s", error)
+            self.hurry()
             return False
+        self._untaken += 1
+        if self._untaken == _GIFTS_PER_BEAT:
+            self.hurry()
         return True
 
     def _read_refusals(self) -> None:

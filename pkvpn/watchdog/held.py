@@ -80,28 +80,25 @@ class Kept:
         self.refused = 0
         self.descriptors: dict[bytes, int] = {}
 
-    def drain(self, gifts: socket.socket, *, dead: bool = False) -> bool:
-        """Take what lies in the child's gift socket now; False: it is at its end.
+    def drain(self, gifts: socket.socket, *, dead: bool = False) -> None:
+        """Take what lies in the child's gift socket now.
 
-        To be called whenever it is readable, and once more when the child is ``dead``: all that
-        it had sent belongs to its successor.
+        To be called with each beat of the child, and once more when it is ``dead``: all that it
+        had sent belongs to its successor.
         """
         for _ in range(_MOST_QUEUED if dead else _BATCH):
             try:
                 message, fds, flags, _ = socket.recv_fds(gifts, MAX_KEY + 1, 4)
-            except BlockingIOError:
-                return True
             except OSError:
-                return False  # the other end is gone, and all it sent has been read
+                return  # nothing more, or the other end is gone and all it sent has been read
             if not message and not fds:
-                return False
+                return
             why = self._take(message, fds, truncated=bool(flags & socket.MSG_CTRUNC))
             if why:
                 self.refused += 1
                 _close(fds)
                 with contextlib.suppress(OSError):
                     gifts.send(REFUSED + message[1:] + b"\0" + why.encode())
-        return True
 
     def _take(self, message: bytes, fds: list[int], *, truncated: bool) -> str:
         """Return why not, or nothing."""

@@ -144,12 +144,12 @@ class Incarnation:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.pidfd, number)
 
-    def drain_gifts(self, kept: Kept, *, dead: bool = False) -> bool:
-        """Take what it gave and dropped; once more after its death.  False: nothing can come."""
+    def drain_gifts(self, kept: Kept, *, dead: bool = False) -> None:
+        """Take what it gave and dropped: with each beat, and once more after its death."""
         if self._gifts is None:
             # Not before it is needed: an image that fails to resume must not close it.
             self._gifts = socket.socket(fileno=self.gifts)
-        return kept.drain(self._gifts, dead=dead)
+        kept.drain(self._gifts, dead=dead)
 
     def read_stacks(self) -> str:
         return os.pread(self.stacks, _MAX_STACKS, 0).decode(errors="replace")

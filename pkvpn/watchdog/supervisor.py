@@ -72,7 +72,7 @@ _TRIAL_TIMEOUT = 30.0
 _PR_SET_CHILD_SUBREAPER = 36
 _LOG_BUFFER = 1 << 20
 # In which order the events of one turn are handled.
-_SIGNALS, _LIFELINES, _GIFTS, _DEATHS, _TRIAL, _CONTROL = range(6)
+_SIGNALS, _LIFELINES, _DEATHS, _TRIAL, _CONTROL = range(5)
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -282,15 +282,8 @@ class Supervisor:
             return  # gone earlier in this very turn
         elif priority == _LIFELINES:
             self._contain(slot, lambda: self._read_lifeline(slot, now), now)
-        elif priority == _GIFTS:
-            self._contain(slot, lambda: self._drain(slot, incarnation), now)
         else:
             self._on_death(slot, now)
-
-    def _drain(self, slot: Slot, incarnation: Incarnation) -> None:
-        if not incarnation.drain_gifts(slot.kept):
-            # Readable from now on until it is reaped: a dying child would keep us spinning.
-            self._selector.unregister(incarnation.gifts)
 
     def _contain(self, slot: Slot | None, do: Callable[[], object], now: float) -> None:
         """Do it; a bug of ours costs one child its life at most, and never the tree."""
@@ -482,6 +475,9 @@ class Supervisor:
                 else:
                     self._on_said(slot, incarnation, frame.kind, frame.text, now)
         if newest is not None:
+            # Where they lie they are safe already; by themselves they would wake us twice for
+            # every connection of a client.
+            incarnation.drain_gifts(slot.kept)
             own = newest._replace(duties=incarnation.witness.own_duties(newest.duties))
             self._obey_judge(slot, incarnation.judge.beat(own, now), now)
             for accusation in incarnation.witness.accusations(newest.duties, now):
@@ -568,7 +564,7 @@ class Supervisor:
             self._contain(slot, lambda: self._read_lifeline(slot, now), now)
         self._contain(slot, lambda: incarnation.drain_gifts(slot.kept, dead=True), now)
         ended, slot.usage = incarnation.reap()
-        for fd in (incarnation.up, incarnation.pidfd, incarnation.gifts):
+        for fd in (incarnation.up, incarnation.pidfd):
             with contextlib.suppress(KeyError):
                 self._selector.unregister(fd)
         slot.alive, slot.remains, slot.ended = None, incarnation, ended
@@ -691,7 +687,6 @@ class Supervisor:
     def _watch(self, slot: Slot, incarnation: Incarnation) -> None:
         data = (slot, incarnation)
         self._selector.register(incarnation.up, selectors.EVENT_READ, (_LIFELINES, *data))
-        self._selector.register(incarnation.gifts, selectors.EVENT_READ, (_GIFTS, *data))
         self._selector.register(incarnation.pidfd, selectors.EVENT_READ, (_DEATHS, *data))
 
     # -- what is written down
