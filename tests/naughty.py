@@ -218,6 +218,18 @@ def leaves_a_daemon(child: Child) -> None:
     os._exit(1)
 
 
+def leaves_one_that_forks(child: Child) -> None:
+    """The grandchild forks when it gets a USR1."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+
+    def once_told() -> None:
+        signal.sigwait([signal.SIGUSR1])
+        os.fork()
+
+    _grandchild(child, once_told)
+    os._exit(1)
+
+
 def keeps_a_grandchild(child: Child) -> None:
     """It goes on; the grandchild holds the tree's lock and all else that was inherited."""
     _grandchild(child, os.setsid)
@@ -252,6 +264,7 @@ WAYS: dict[str, Callable[[Child], None]] = {
         stops_itself, stops_itself_always, ignores_the_stop, mute, corrupt, corrupt_flood,
         partial_frame, beats_without_end, asks_without_end, gives_without_end, exits_0,
         exits_1_with_a_reason, raises, segfaults, aborts, kills_itself, leaves_a_grandchild,
-        leaves_a_grandchild_in_a_session, leaves_a_daemon, keeps_a_grandchild, gives_ten,
+        leaves_a_grandchild_in_a_session, leaves_a_daemon, leaves_one_that_forks,
+        keeps_a_grandchild, gives_ten,
     )
 }  # fmt: skip

@@ -57,8 +57,6 @@ EXIT_GAVE_UP = 75  # a child could not be kept alive, and the policy says so (EX
 # one that lives on for longer is mute.
 MUTE_TIMEOUT = 0.2
 
-# How long after a death what it leaves behind may still be coming to us, one SIGCHLD at a time.
-_SWEEP_PERIOD = 1.0
 # What the last look of all may take; nobody is waited for any more.
 _LAST_SWEEP = 1.0
 # Reads of one lifeline in one turn: a whole pipe, and not more, however fast a child writes.
@@ -131,8 +129,8 @@ class Supervisor:
         self._upgrade_failed = ""
         self._rollover = Rollover([])
         self._trial_deadline = math.inf
-        self._sweep_until = 0.0
         self._strangers = False  # somebody below us has ended
+        self._orphans: set[int] = set()  # killed at the last look
         self._back_at = 0.0  # when we were last away
         self._slots = _make_slots(self._all_children(spec))
         self._tree = Tree([slot.machine for slot in self._slots.values()])
@@ -310,11 +308,11 @@ class Supervisor:
         self._contain(None, lambda: self._advance(now), now)
         if self._strangers:
             self._strangers = False
-            self._contain(None, lambda: self._end_strangers(now), now)
+            self._contain(None, self._end_strangers, now)
 
-    def _end_strangers(self, now: float) -> None:
-        self._reap_strangers()
-        if now < self._sweep_until:
+    def _end_strangers(self) -> None:
+        if self._reap_strangers():
+            # What it had started came to us with its end, perhaps behind the last look.
             self._end_orphans()
 
     def _expire_slot(self, slot: Slot, now: float) -> None:
@@ -432,13 +430,13 @@ class Supervisor:
         # Not now: a death of our own may lie in the same turn, and its fork comes first.
         self._strangers |= signal.SIGCHLD in numbers
 
-    def _reap_strangers(self) -> None:
+    def _reap_strangers(self) -> bool:
         """Grandchildren whose parents are gone came to us; ours are reaped by their pidfds."""
-        ours = self._pids()
-        for pid in procfs.children_of(os.getpid()):
-            if pid not in ours:
-                with contextlib.suppress(ChildProcessError):
-                    os.waitpid(pid, os.WNOHANG)
+        reaped = False
+        for pid in set(procfs.children_of(os.getpid())) - self._pids():
+            with contextlib.suppress(ChildProcessError):
+                reaped |= os.waitpid(pid, os.WNOHANG) != (0, 0)
+        return reaped
 
     def _pids(self) -> set[int]:
         """Every process that is ours and has not been reaped."""
@@ -568,7 +566,6 @@ class Supervisor:
             with contextlib.suppress(KeyError):
                 self._selector.unregister(fd)
         slot.alive, slot.remains, slot.ended = None, incarnation, ended
-        self._sweep_until = now + _SWEEP_PERIOD
         if incarnation.was_asked_to_end() and not self._tree.stopping:
             self._entry("stop-asked", by=slot.name)
             self._contain(None, lambda: self._stop(now), now)
@@ -595,11 +592,13 @@ class Supervisor:
         alive = [slot.alive for slot in self._slots.values() if slot.alive is not None]
         ours = self._pids()
         if set(procfs.children_of(os.getpid())) <= ours:
+            self._orphans = set()
             return
         spared = {os.fstat(incarnation.up).st_ino for incarnation in alive}
-        ended = sweep.kill_orphans(ours, spared)
-        if ended:
-            self._entry("orphans-killed", pids=sorted(ended))
+        # One that has not gone yet is killed once more, and said once.
+        known, self._orphans = self._orphans, set(sweep.kill_orphans(ours, spared))
+        if self._orphans - known:
+            self._entry("orphans-killed", pids=sorted(self._orphans - known))
 
     # -- carrying out what a machine decided
 

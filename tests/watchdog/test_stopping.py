@@ -345,8 +345,33 @@ def test_what_a_child_leaves_does_not_outlive_it(tmp_path: Path, how: str) -> No
         bad = tree.up("bad", after=0)["pid"]
         (entry, *_) = eventually(lambda: tree.journal("orphans-killed"))
         assert entry["pids"]
-        eventually(lambda: set(tree.holders()) == {*others, bad})
-        assert procfs.children_of(tree.pid) == [tree.pid_of("log"), bad]  # reaped, too
+        # Reaped, too; its descriptors are closed some time before that.
+        eventually(lambda: procfs.children_of(tree.pid) == [tree.pid_of("log"), bad])
+        assert set(tree.holders()) == {*others, bad}
+
+
+def test_nor_does_what_that_starts_before_the_kill_reaches_it(tmp_path: Path) -> None:
+    """However late the watchdog gets to it."""
+    look = procfs.descendants
+
+    def look_too_early(pid: int) -> list[int]:
+        procfs.descendants = look
+        os.kill(pid, signal.SIGUSR1)
+        eventually(lambda: look(pid))
+        time.sleep(1.2)
+        return []
+
+    def watchdog_looks_too_early() -> None:
+        procfs.descendants = look_too_early
+
+    bad = child("bad", "leaves_one_that_forks", tmp_path)
+    with running(tmp_path, spec_in(tmp_path, bad), before=watchdog_looks_too_early) as tree:
+        tree.trigger.touch()
+        bad_pid = tree.up("bad", after=0)["pid"]
+        eventually(lambda: len(tree.journal("orphans-killed")) == 2)
+        eventually(lambda: procfs.children_of(tree.pid) == [tree.pid_of("log"), bad_pid])
+        tree.ask("stop")
+        ends_cleanly(tree, [])
 
 
 def test_nor_does_it_outlive_a_stop(tmp_path: Path) -> None:
