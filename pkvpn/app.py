@@ -153,7 +153,11 @@ class Service:
             held=("listen", f"channel:{name}", f"checkpoint:{name}"),
             duties=("accept", "login", "forward"),
             # What waits there waits for the core's answer.
-            accuses=(Accuses("login", ("core",), self.settings.watchdog.deaf_timeout),),
+            accuses=(
+                Accuses(
+                    "login", ("core",), self.settings.watchdog.deaf_timeout, excused_by=("login",)
+                ),
+            ),
             keep_limit=self.settings.watchdog.given_max,
         )  # fmt: skip
 
@@ -166,8 +170,8 @@ class Service:
         return self._child(
             "canary", canary_main, settings, held=("canary",), duties=(REACH_EDGE, REACH_CORE),
             accuses=(
-                Accuses(REACH_EDGE, tuple(edges), times=2),
-                Accuses(REACH_CORE, ("core",), times=2),
+                Accuses(REACH_EDGE, tuple(edges), times=2, excused_by=("accept", "login")),
+                Accuses(REACH_CORE, ("core",), times=2, excused_by=("login",)),
             ),
         )  # fmt: skip
 

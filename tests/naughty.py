@@ -99,6 +99,42 @@ def deaf(child: Child) -> None:
         child.wait(0.01)
 
 
+def overloaded(child: Child) -> None:
+    """Never a moment to spare, and work gets done all the while."""
+    spin(child, 1)
+
+
+def lost_in_work(child: Child) -> None:
+    """Never a moment to spare, and nothing comes of it."""
+    spin(child, 0)
+
+
+def spin(child: Child, done: int) -> None:
+    while not child.stopping:
+        until = time.monotonic() + 0.02
+        while time.monotonic() < until:
+            pass
+        child.duty("work").done += done
+        child.turn(time.monotonic())
+        child.receive()
+
+
+def idle_and_counts(child: Child) -> None:
+    """Something gets done, though not what is waited for: there is time enough."""
+    while not child.stopping:
+        child.duty("work").done += 1
+        child.wait(0.02)
+
+
+def accuses(child: Child) -> None:
+    """Asks again and again, and gets no answer."""
+    while not child.stopping:
+        now = time.monotonic()
+        if now - child.duty("work").waiting_since > 1.5:
+            child.duty("work").waiting_since = now
+        child.wait(0.05)
+
+
 def stops_itself(child: Child) -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
@@ -261,7 +297,8 @@ WAYS: dict[str, Callable[[Child], None]] = {
     way.__name__: way
     for way in (
         never_ready, silent_with_a_live_thread, blocked_on_a_lock, busy_in_python, busy_in_c, deaf,
-        stops_itself, stops_itself_always, ignores_the_stop, mute, corrupt, corrupt_flood,
+        overloaded, lost_in_work, idle_and_counts, accuses, stops_itself, stops_itself_always,
+        ignores_the_stop, mute, corrupt, corrupt_flood,
         partial_frame, beats_without_end, asks_without_end, gives_without_end, exits_0,
         exits_1_with_a_reason, raises, segfaults, aborts, kills_itself, leaves_a_grandchild,
         leaves_a_grandchild_in_a_session, leaves_a_daemon, leaves_one_that_forks,

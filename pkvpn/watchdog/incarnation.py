@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 
 from multiprocess import context as multiprocess_context
 
-from pkvpn.watchdog import machine, upgrade
+from pkvpn.watchdog import machine, procfs, upgrade
 from pkvpn.watchdog.child import ALL_SIGNALS, Birth, exec_child, run_child
 from pkvpn.watchdog.held import Kept
 from pkvpn.watchdog.lifeline import LifelineDecoder, Order, encode_order
 from pkvpn.watchdog.spec import ChildSpec
-from pkvpn.watchdog.verdict import Beat, Judge, Limits
+from pkvpn.watchdog.verdict import Beat, Judge, Limits, Workload
 from pkvpn.watchdog.witness import Witness
 
 _fork = multiprocess_context.ForkContext()
@@ -75,6 +75,8 @@ class Incarnation:
             duty_names=spec.duties,
         )
         self.judge = Judge(0, self._limits)
+        self.workload = Workload()
+        self.excused_at = -math.inf  # when that was last said
         # Our ends.  ``wake`` is the child's own: what its signal handlers wrote and its loop
         # has not read yet, for us to read when it cannot any more.
         self.up = self.down = self.stacks = self.wake = self.gifts = -1
@@ -132,6 +134,18 @@ class Incarnation:
     def is_silent(self, now: float) -> bool:
         """Whether it beats so late that what it does not do may be due to that."""
         return bool(self.beats) and now - self.beats[-1][0] > self.spec.hang_timeout / 2
+
+    def look(self, now: float) -> None:
+        """See how much it has to do; to be called while it is suspected."""
+        if self.beats:
+            done = tuple(done for done, _ in self.beats[-1][1].duties)
+            self.workload.look(procfs.read_facts(self.pid), done, now)
+
+    def excuse(self, duties: tuple[str, ...]) -> str:
+        """Why what waits for these duties of it waits by no fault of its own, or nothing."""
+        return self.workload.excuse(
+            [place for place, name in enumerate(self.spec.duties) if name in duties]
+        )
 
     def order(self, order: Order) -> None:
         """Tell the child; it has room for thousands of orders, or it is gone."""

@@ -123,9 +123,13 @@ class TreeSpec:
                 raise ValueError(f"tree {self.name}: the child name {name!r} is taken")
         held = [one.name for one in self.held]
         for child in self.children:
-            for accused in (name for one in child.accuses for name in one.accused):
-                if accused not in names:
-                    raise ValueError(f"child {child.name} accuses {accused!r}, which is no child")
+            for accuses in child.accuses:
+                for accused in accuses.accused:
+                    if accused not in names:
+                        raise ValueError(
+                            f"child {child.name} accuses {accused!r}, which is no child"
+                        )
+                self._check_excuses(accuses)
             for name in child.held:
                 if name not in held:
                     raise ValueError(f"child {child.name}: nothing held is named {name!r}")
@@ -134,3 +138,9 @@ class TreeSpec:
                     f"child {child.name}: hang_timeout {child.hang_timeout} s is shorter than "
                     f"three beats of {self.beat_interval} s"
                 )
+
+    def _check_excuses(self, accuses: Accuses) -> None:
+        for accused in self.children:
+            unknown = set(accuses.excused_by) - set(accused.duties)
+            if accused.name in accuses.accused and unknown:
+                raise ValueError(f"child {accused.name} has no duty {sorted(unknown)}")

@@ -63,6 +63,8 @@ _LAST_SWEEP = 1.0
 _READS = 16
 # Reports that operators asked for (QUIT), per child: a child cannot fill the disk with them.
 _DUMP_INTERVAL = 1.0
+# The same excuse is written down at most so often.
+_EXCUSE_INTERVAL = 10.0
 _WITH_PROCESS = (State.STARTING, State.UP, State.STOPPING)
 # How long the new program may take to say that it would start.
 _TRIAL_TIMEOUT = 30.0
@@ -478,6 +480,10 @@ class Supervisor:
             incarnation.drain_gifts(slot.kept)
             own = newest._replace(duties=incarnation.witness.own_duties(newest.duties))
             self._obey_judge(slot, incarnation.judge.beat(own, now), now)
+            for name in incarnation.witness.suspects(newest.duties):
+                suspect = self._slots[name].alive
+                if suspect is not None:
+                    suspect.look(now)
             for accusation in incarnation.witness.accusations(newest.duties, now):
                 self._accuse(slot, accusation, now)
 
@@ -521,7 +527,8 @@ class Supervisor:
                 self._tell_machine(slot, machine.Condemned(command.verdict.value), now)
 
     def _accuse(self, witness: Slot, accusation: Accusation, now: float) -> None:
-        """Whoever beats and does not serve is deaf, unless something else explains the trouble.
+        """Whoever beats and does not serve is deaf, unless something else explains the trouble,
+        or he has more to do than he can.
 
         Who asks while we or he himself or anybody on the way is away or just born, gets no
         answer and has proved nothing; who is silent is the judge's.
@@ -545,6 +552,16 @@ class Supervisor:
         for name in accusation.accused:
             slot = self._slots[name]
             assert slot.alive is not None  # it is on the way
+            excuse = slot.alive.excuse(accusation.excused_by)
+            if excuse:
+                if now - slot.alive.excused_at >= _EXCUSE_INTERVAL:
+                    slot.alive.excused_at = now
+                    self._entry(
+                        "not-condemned", child=name,
+                        text=f"{witness.name} gets no answer ({accusation.duty}), but {name} "
+                        f"{excuse}",
+                    )  # fmt: skip
+                continue
             slot.alive.condemned = Verdict.DEAF.value
             self._entry(
                 "condemned", child=name, verdict=Verdict.DEAF.value,

@@ -25,6 +25,7 @@ Without any facts (no /proc, hidepid) silence for ``hang_timeout`` and a short w
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -42,6 +43,7 @@ __all__ = [
     "Look",
     "Note",
     "Verdict",
+    "Workload",
     "glance",
 ]
 
@@ -509,6 +511,43 @@ def glance(facts: Facts | None) -> Verdict:
     if excuse is not None:
         return excuse
     return Verdict.BUSY if facts is not None and facts.state == "R" else Verdict.BLOCKED
+
+
+class Workload:
+    """What somebody who is accused was seen to do while something waited for him.
+
+    Overload is not failure: whoever has no time left and gets things done all the while would
+    leave his successor the same work, and a start on top of it.
+    """
+
+    # Between two looks that are compared; the later one is at most so old.
+    _SHORTEST, _LONGEST = 0.5, 5.0
+    # Of the time, on a processor or waiting for one.
+    _BUSY = 0.6
+
+    def __init__(self) -> None:
+        self._looks: deque[tuple[float, Facts, tuple[int, ...]]] = deque()
+
+    def look(self, facts: Facts | None, done: tuple[int, ...], now: float) -> None:
+        """To be called from time to time while he is suspected; ``done``: of each of his duties."""
+        if facts is not None:
+            self._looks.append((now, facts, done))
+        while self._looks and now - self._looks[0][0] > self._LONGEST:
+            self._looks.popleft()
+
+    def excuse(self, duties: Sequence[int]) -> str:
+        """Why he is busy and not deaf; "": he is not.  ``duties``: of which one must get done."""
+        if not self._looks:
+            return ""
+        (then, before, done_before), (now, after, done) = self._looks[0], self._looks[-1]
+        got_done = sum(done[duty] - done_before[duty] for duty in duties)
+        ran = _ran(before, after)
+        if now - then < self._SHORTEST or got_done <= 0 or ran is None:
+            return ""
+        busy = (ran + (_waited(before, after) or 0.0)) / (now - then)
+        if busy < self._BUSY:
+            return ""
+        return f"is busy for {min(busy, 1.0):.0%} of the time and has done {got_done} meanwhile"
 
 
 def _excuse(facts: Facts | None) -> Verdict | None:

@@ -17,12 +17,16 @@ class Accuses(NamedTuple):
 
     ``times``: so many troubles in a row, each of a beginning of its own, and not once well in
     between; one request that was lost on a busy machine is no proof.
+
+    ``excused_by``: duties of the accused; while one of them gets done and he has no time left, he
+    is busy and not deaf.
     """
 
     duty: str
     accused: tuple[str, ...]
     patience: float = 0.0
     times: int = 1
+    excused_by: tuple[str, ...] = ()
 
 
 class Accusation(NamedTuple):
@@ -31,6 +35,7 @@ class Accusation(NamedTuple):
     duty: str
     accused: tuple[str, ...]
     since: float
+    excused_by: tuple[str, ...] = ()
 
 
 class Witness:
@@ -53,6 +58,15 @@ class Witness:
             for name, (done, since) in zip(self._duties, told, strict=True)
         )
 
+    def suspects(self, told: tuple[tuple[int, float], ...]) -> set[str]:
+        """Those for whom something waits, and who may have an excuse."""
+        return {
+            name
+            for duty, (_, since) in zip(self._duties, told, strict=True)
+            if since and duty in self._accuses and self._accuses[duty].excused_by
+            for name in self._accuses[duty].accused
+        }
+
     def accusations(self, told: tuple[tuple[int, float], ...], now: float) -> list[Accusation]:
         """To be called for each beat; ``since`` of what it returns: of the first of the row."""
         found = []
@@ -68,6 +82,6 @@ class Witness:
                 row = self._row.setdefault(name, [])
                 row.append(since)
                 if len(row) >= accuses.times:
-                    found.append(Accusation(name, accuses.accused, row[0]))
+                    found.append(Accusation(name, accuses.accused, row[0], accuses.excused_by))
                     del self._row[name]
         return found

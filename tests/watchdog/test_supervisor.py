@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from pkvpn.watchdog.report import standing_line
+from pkvpn.watchdog.witness import Accuses
 from tests.support import eventually, process_gone
 from tests.watchdog.running import Running, child, running, spec_in
 
@@ -83,6 +84,28 @@ def test_what_waits_and_is_not_done_is_deaf_though_it_beats(tmp_path: Path) -> N
     assert (status["why"], report["class"]) == ("hang", "deaf")
     assert "deaf" in report["stacks"]
     assert report["beats"][-1]["duties"]["work"]["waiting_since"] > 0
+
+
+@pytest.mark.parametrize("how", ["overloaded", "lost_in_work", "idle_and_counts"])
+def test_who_is_accused_is_excused_only_if_it_works_as_hard_as_it_can(
+    tmp_path: Path, how: str
+) -> None:
+    accuses = Accuses("work", ("bad",), patience=0.8, excused_by=("work",))
+    other = tmp_path / "witness"
+    other.mkdir()
+    witness = child("witness", "accuses", other, accuses=(accuses,), deaf_timeout=60.0)
+    spec = spec_in(tmp_path, child("bad", how, tmp_path), witness)
+    with running(tmp_path, spec) as tree:
+        bad = tree.pid_of("bad")
+        tree.trigger.touch()
+        (other / "trigger").touch()
+        if how == "overloaded":
+            (entry,) = eventually(lambda: tree.journal("not-condemned", child="bad"))
+            assert "is busy" in entry["text"]
+            assert tree.pid_of("bad") == bad
+        else:
+            assert tree.report("bad")["class"] == "deaf"
+        assert not tree.journal("internal-error")
 
 
 @pytest.mark.parametrize("how", ["corrupt", "corrupt_flood"])

@@ -21,6 +21,7 @@ from pkvpn.watchdog.verdict import (
     Look,
     Note,
     Verdict,
+    Workload,
 )
 
 PID = 7
@@ -656,3 +657,39 @@ def test_who_is_guilty_is_found_within_its_share_of_the_processor(share: float, 
         assert now == 1.0
     else:
         assert now * share <= 1.3
+
+
+# --- busy, and not deaf
+
+
+@pytest.mark.parametrize(
+    ("ran", "waited", "done", "excused"),
+    [
+        (1.9, 0.0, (5, 0), True),
+        (0.4, 1.2, (0, 1), True),  # it would run if it could
+        (1.9, 0.0, (0, 0), False),  # nothing comes of it
+        (0.5, 0.0, (50, 50), False),  # it has time enough
+    ],
+)
+def test_who_has_no_time_left_and_gets_things_done_is_busy_and_not_deaf(
+    ran: float, waited: float, done: tuple[int, int], excused: bool
+) -> None:
+    work = Workload()
+    assert work.excuse([0, 1]) == ""
+    work.look(Facts(run_ns=0, wait_ns=0), (0, 0, 0), 10.0)
+    assert work.excuse([0, 1]) == ""
+    after = Facts(run_ns=int(ran * 1e9), wait_ns=int(waited * 1e9))
+    work.look(after, (*done, 99), 12.0)
+    assert bool(work.excuse([0, 1])) == excused
+
+
+def test_what_somebody_did_long_ago_or_a_moment_ago_is_no_excuse() -> None:
+    work = Workload()
+    work.look(Facts(run_ns=0), (0,), 0.0)
+    work.look(Facts(run_ns=10**9), (100,), 1.0)
+    assert work.excuse([0])
+    work.look(Facts(run_ns=10**9), (100,), 6.5)
+    assert not work.excuse([0])
+    work.look(Facts(run_ns=10**9 + 10**8), (101,), 6.6)
+    assert not work.excuse([0])
+    work.look(None, (101,), 7.0)

@@ -48,3 +48,13 @@ def test_as_many_troubles_in_a_row_as_it_takes_and_again_for_the_successors() ->
     accused = [[one.since for one in accusations] for accusations in found]
     assert accused == [[], [], [], [], [12.0], [], [], [16.0]]
     assert witness.knows() == {"core"}
+
+
+def test_who_is_suspected_and_may_have_an_excuse_is_looked_at_before_it_is_accused() -> None:
+    excused = Accuses("reach", ("core",), 5.0, excused_by=("login",))
+    witness = Witness(("reach",), (excused,))
+    assert witness.suspects(((0, 0.0),)) == set()
+    assert witness.suspects(((0, 12.5),)) == {"core"}
+    assert witness.accusations(((0, 12.5),), 13.0) == []
+    assert witness.accusations(((0, 12.5),), 18.0)[0].excused_by == ("login",)
+    assert Witness(DUTIES, ACCUSES).suspects(((0, 1.0), (0, 1.0), (0, 1.0))) == set()
