@@ -173,6 +173,14 @@ def test_ten_thousand_descriptors_are_kept_and_come_to_each_successor(tmp_path: 
         assert len(descriptors_of(tree.pid_of("other"))) < 20
 
 
+def test_who_gives_much_does_not_wait_for_the_next_beat(tmp_path: Path) -> None:
+    hoard = ChildSpec("hoarder", hoarder, keep_limit=10_000, policy=POLICY, hang_timeout=100.0)
+    spec = spec_in(tmp_path, hoard, beat_interval=30.0)
+    with running(tmp_path, spec) as tree:
+        # In its start: it has room for some hundred at a time.
+        assert tree.child("hoarder")["kept"] == 10_000
+
+
 # --- floods
 
 
