@@ -136,6 +136,7 @@ class Service:
             "core", core_main, settings,
             held=("channel:core", "admin", "canary", *bridges), duties=("switch", "login", "store"),
             keep_limit=1,  # what it was working on when it died
+            standby=self.settings.watchdog.standby,
         )  # fmt: skip
 
     def _edge(self, index: int, name: str) -> ChildSpec:
@@ -158,7 +159,7 @@ class Service:
                     "login", ("core",), self.settings.watchdog.deaf_timeout, excused_by=("login",)
                 ),
             ),
-            keep_limit=self.settings.watchdog.given_max,
+            keep_limit=self.settings.watchdog.given_max, standby=self.settings.watchdog.standby,
         )  # fmt: skip
 
     def _canary(self, edges: list[str]) -> ChildSpec:

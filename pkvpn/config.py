@@ -116,6 +116,15 @@ def _choice(default: str, choices: tuple[str, ...], doc: str) -> Any:
     return field(default=default, metadata={"key": Key(doc, allowed, read)})
 
 
+def _switch(default: bool, doc: str) -> Any:
+    def read(value: Any) -> bool:
+        if not isinstance(value, bool):
+            raise ValueError
+        return value
+
+    return field(default=default, metadata={"key": Key(doc, "true or false", read)})
+
+
 def _path(doc: str, shown: str) -> Any:
     def read(value: Any) -> Path:
         if not isinstance(value, str) or not value or "\0" in value:
@@ -252,6 +261,11 @@ class Watchdog:
         ("go-on", "give-up"),
         "What too many restarts lead to: go on with `backoff_cap` between two of them and report "
         "the child as `failing`, or stop the service with an exit code of its own.",
+    )
+    standby: bool = _switch(
+        True,
+        "Whether a successor of the core and of each edge is forked ahead and waits: a dead one is "
+        "then replaced in half the time, for some MB of memory each.",
     )
     given_max: int = _count(
         12000,

@@ -121,15 +121,21 @@ class Connection:
 class Core:
     """Everything that a core is.  `run` is its life; the `Live` methods are for `Control`."""
 
-    def __init__(self, child: Child, settings: CoreSettings) -> None:
+    def __init__(
+        self,
+        child: Child,
+        settings: CoreSettings,
+        store: Store,
+        accounts: Accounts,
+        keys: SessionKeys,
+    ) -> None:
         now = time.monotonic()
         self._child = child
         self._settings = settings
         self._epoch = time.monotonic_ns()
         self._started_at = now
-        self._store = Store(settings.state_dir)
-        self._accounts = self._store.load()
-        keys = SessionKeys(session_secret(settings.state_dir))
+        self._store = store
+        self._accounts = accounts
         self._sessions = Sessions(keys, timeout=settings.session_timeout, started_at=now)
         self._desk = LoginDesk(
             self._accounts, self._sessions, keys, settings, _canary_password(child)
@@ -940,7 +946,12 @@ def main(child: Child, settings: CoreSettings) -> None:
     Duties: "switch", "login", "store".
     """
     try:
-        core = Core(child, settings)
+        store = Store(settings.state_dir)
+        keys = SessionKeys(session_secret(settings.state_dir))
+        accounts = store.load()
+        child.stand_by()
+        if store.changed_by_others():
+            accounts = store.load()
     except StoreError as error:
         raise SystemExit(str(error)) from error
-    core.run()
+    Core(child, settings, store, accounts, keys).run()

@@ -24,6 +24,7 @@ Nothing here trusts what it reads: a slot that makes no sense raises CheckpointE
 connection.
 """
 
+import re
 import struct
 from typing import NamedTuple
 
@@ -33,6 +34,8 @@ from pkvpn.edge.rings import Ring
 MAGIC = b"pkvpn ck"
 HEADER_SIZE = 4096
 SLOT_SIZE = 8192
+
+_USED = re.compile(rb"[^\0]")
 
 _HEADER = struct.Struct("=8sIII")
 _MARK = struct.Struct("=QQ")
@@ -264,10 +267,11 @@ class Checkpoint:
             raise CheckpointError(f"{len(memory)} bytes are too few for {slots} slots")
         self._memory = memory
         self.rx_size = rx_size
-        switches = bytes(memory[HEADER_SIZE : HEADER_SIZE + slots])
-        self._used = [index for index, switch in enumerate(switches) if switch]
-        self._free = [index for index, switch in enumerate(switches) if not switch]
-        self._free.reverse()
+        # As a predecessor left them.  Looked through from one free place to the next: a list of
+        # all of them costs a new edge more than anything else that it does.
+        self._switches = bytes(memory[HEADER_SIZE : HEADER_SIZE + slots])
+        self._looked = 0
+        self._given_back: list[int] = []
 
     @classmethod
     def make(cls, memory: memoryview, slots: int, rx_size: int, tx_size: int) -> "Checkpoint":
@@ -277,15 +281,23 @@ class Checkpoint:
 
     def take(self) -> Slot | None:
         """A free slot, to be given back with `give_back`; None if all are taken."""
-        return Slot(self._memory, self._free.pop()) if self._free else None
+        if self._given_back:
+            return Slot(self._memory, self._given_back.pop())
+        free = self._switches.find(0, self._looked)
+        if free < 0:
+            self._looked = len(self._switches)
+            return None
+        self._looked = free + 1
+        return Slot(self._memory, free)
 
     def give_back(self, slot: Slot) -> None:
         slot.clear()
-        self._free.append(slot.index)
+        self._given_back.append(slot.index)
 
     def left(self) -> list[Slot]:
         """The slots that a predecessor left, those first in which something waits."""
-        slots = [Slot(self._memory, index) for index in self._used]
+        used = [match.start() for match in _USED.finditer(self._switches)]
+        slots = [Slot(self._memory, index) for index in used]
         return sorted(slots, key=lambda slot: not slot.dirty)
 
     def mark(self, conn: int, position: int) -> None:

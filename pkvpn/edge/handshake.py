@@ -70,6 +70,56 @@ def make_context(certificate: str, key: str, key_log: KeyLog) -> ssl.SSLContext:
     return context
 
 
+class HandshakeServer:
+    """What the handshakes of this process begin with: certificate, key, and the key log."""
+
+    def __init__(self, certificate: str, key: str) -> None:
+        self._certificate = certificate
+        self._key = key
+        self._key_log = KeyLog()
+        self._context: ssl.SSLContext | None = None
+
+    @property
+    def loaded(self) -> bool:
+        return self._context is not None
+
+    def load(self) -> None:
+        """Read the files, for handshakes from now on.  Raises OSError; then all stays as it was.
+
+        The context before lives as long as its last handshake, and keeps its own key log open.
+        """
+        self._context = make_context(self._certificate, self._key, self._key_log)
+
+    def begin(self) -> "Handshake":
+        """A handshake with somebody.  To be called when it is ``loaded``."""
+        assert self._context is not None
+        return Handshake(self._context, self._key_log)
+
+    def rehearse(self) -> None:
+        """Shake hands with ourselves: the first time costs milliseconds, whoever it is with."""
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+        client = context.wrap_bio(incoming, outgoing)
+        server = self.begin()
+        while not server.done:
+            try:
+                client.do_handshake()
+            except ssl.SSLWantReadError:
+                pass
+            incoming.write(server.feed(outgoing.read()))
+        secrets = server.secrets()
+        assert secrets is not None  # it is ourselves
+        tls_records.Sealer(secrets.suite, secrets.write).seal_bytes(b"rehearsal")
+
+    def close(self) -> None:
+        if self._context is not None:
+            # Closes OpenSSL's file.
+            self._context.keylog_filename = None  # type: ignore[assignment]
+        self._key_log.close()
+
+
 class Handshake:
     """One handshake, step by step.
 

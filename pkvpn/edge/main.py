@@ -17,7 +17,6 @@ import os
 import random
 import select
 import socket
-import ssl
 import time
 from collections import Counter, deque
 from dataclasses import dataclass
@@ -40,10 +39,9 @@ from pkvpn.edge.flows import Flows
 from pkvpn.edge.handshake import (
     Handshake,
     HandshakeError,
-    KeyLog,
+    HandshakeServer,
     OpenSSLRecords,
     Secrets,
-    make_context,
 )
 from pkvpn.edge.rings import Ring
 from pkvpn.edge.tls_records import Alert, Opener, Sealer, TLSError
@@ -172,28 +170,53 @@ class Peer:
 
 def main(child: Child, settings: EdgeSettings) -> None:
     """Be an edge until asked to stop."""
-    edge = Edge(child, settings)
+    tls = HandshakeServer(settings.certificate, settings.key)
+    if child.standing_by:
+        load_certificate(child, settings, tls)
+        tls.rehearse()
+    child.stand_by()
+    edge = Edge(child, settings, tls)
     try:
         # Who is here already does not wait for what only new clients need.
         edge.adopt_all()
         edge.turn(0.0)
-        edge.load_certificate()
+        if not tls.loaded:
+            load_certificate(child, settings, tls)
         edge.run()
     finally:
         edge.close()
 
 
+def load_certificate(child: Child, settings: EdgeSettings, tls: HandshakeServer) -> None:
+    """Get ready for handshakes.  Raises SystemExit naming what is wrong with the files."""
+    try:
+        made = certificate.ensure(
+            Path(settings.certificate),
+            Path(settings.key),
+            socket.gethostname() or "vpnserver",
+            dt.datetime.now(dt.UTC),
+        )
+        tls.load()
+    except certificate.CertificateError as error:
+        raise SystemExit(str(error)) from None
+    except OSError as error:
+        files = f"certificate {settings.certificate} with key {settings.key}"
+        raise SystemExit(f"{files}: {error}") from None
+    if made:
+        child.say(f"made a certificate, SHA-256 {made}")
+        _log.info("made a certificate, SHA-256 %s", made)
+
+
 class Edge:
     """One edge process."""
 
-    def __init__(self, child: Child, settings: EdgeSettings) -> None:
+    def __init__(self, child: Child, settings: EdgeSettings, tls: HandshakeServer) -> None:
         self.child = child
         self.settings = settings
         self.now = time.monotonic()
         self._started = self.now
         self._counter = 0
-        self._key_log = KeyLog()
-        self._context: ssl.SSLContext | None = None  # until `load_certificate`
+        self._tls = tls
         control, frames = child.held(f"channel:{child.name}")
         self._control = socket.socket(fileno=control)
         self._frames = socket.socket(fileno=frames)
@@ -238,29 +261,6 @@ class Edge:
         self._epoll.register(self._control, select.EPOLLIN)
         self._epoll.register(self._frames, select.EPOLLIN)
 
-    def load_certificate(self) -> None:
-        """Get ready for handshakes.  Raises SystemExit naming what is wrong with the files."""
-        settings = self.settings
-        try:
-            made = certificate.ensure(
-                Path(settings.certificate),
-                Path(settings.key),
-                socket.gethostname() or "vpnserver",
-                dt.datetime.now(dt.UTC),
-            )
-            self._context = self._make_context()
-        except certificate.CertificateError as error:
-            raise SystemExit(str(error)) from None
-        except OSError as error:
-            files = f"certificate {settings.certificate} with key {settings.key}"
-            raise SystemExit(f"{files}: {error}") from None
-        if made:
-            self.child.say(f"made a certificate, SHA-256 {made}")
-            _log.info("made a certificate, SHA-256 %s", made)
-
-    def _make_context(self) -> ssl.SSLContext:
-        return make_context(self.settings.certificate, self.settings.key, self._key_log)
-
     def close(self) -> None:
         """Give back what is ours; what was held for us stays open."""
         for peer in list(self._peers.values()):
@@ -272,10 +272,7 @@ class Edge:
             sock.close()
         for sock in (self._control, self._frames, *self._listeners):
             sock.detach()
-        if self._context is not None:
-            # Closes OpenSSL's file.
-            self._context.keylog_filename = None  # type: ignore[assignment]
-        self._key_log.close()
+        self._tls.close()
         os.close(self._lock)
 
     # --- start ------------------------------------------------------------------------------------
@@ -463,12 +460,9 @@ class Edge:
     def _reload(self) -> None:
         try:
             certificate.load(Path(self.settings.certificate), Path(self.settings.key))
-            context = self._make_context()
+            self._tls.load()
         except (certificate.CertificateError, OSError) as error:
             _log.error("the certificate in use stays: %s", error)
-            return
-        # The old one lives as long as its last handshake, and keeps its own key log open.
-        self._context = context
 
     def _tick(self) -> None:
         """What is due some times a second."""
@@ -604,11 +598,7 @@ class Edge:
                     self._epoll.unregister(listener)
 
     def _may_accept(self) -> bool:
-        return (
-            self._context is not None
-            and len(self._backlog) < _MAX_BACKLOG
-            and not self.child.stopping
-        )
+        return self._tls.loaded and len(self._backlog) < _MAX_BACKLOG and not self.child.stopping
 
     def _is_full(self) -> bool:
         return len(self._peers) >= self.settings.max_connections and not self._can_make_room()
@@ -687,8 +677,7 @@ class Edge:
         peer.peer = f"{address[0]}:{address[1]}"
         local = sock.getsockname()
         peer.local = f"{local[0]}:{local[1]}"
-        assert self._context is not None  # nobody is accepted before
-        peer.handshake = Handshake(self._context, self._key_log)
+        peer.handshake = self._tls.begin()
         if len(self._peers) >= self.settings.max_connections and self._can_make_room():
             self._make_room()
         self._add(peer)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import gc
 import logging
 import os
 import pickle
@@ -40,11 +41,17 @@ EXIT_ORPHAN = 79
 
 # On the gift socket, one message each: 1 byte what, then the key.
 #   up    G give (one descriptor goes with it), D drop       down  R refused: key, NUL, why
-GIVE, DROP, REFUSED = b"G", b"D", b"R"
+# and to a standby, when its turn has come:
+#   H handed over: for each descriptor that goes with it 1 byte length, key; then
+#   S serve: number of the incarnation, 4 bytes
+GIVE, DROP, REFUSED, HANDED, SERVE = b"G", b"D", b"R", b"H", b"S"
 MAX_KEY = 64
 # The watchdog takes them when it reads a beat.  After so many the next beat comes early: the socket
 # has room for some two hundred.
 _GIFTS_PER_BEAT = 64
+# Descriptors in one message; the kernel takes 253.
+HANDED_AT_ONCE = 128
+_MAX_HANDED = 1 + HANDED_AT_ONCE * (1 + MAX_KEY)
 
 # As plain numbers and made once: the enumeration costs half a millisecond of each respawn.
 ALL_SIGNALS = frozenset(map(int, signal.valid_signals()))
@@ -81,6 +88,7 @@ class Birth:
     wake: tuple[int, int]  # a pipe into which signal handlers write; outlives the process
     log: int  # SEQPACKET, shared by the tree
     lock: int  # the instance lock: open as long as any process of the tree lives
+    standby: bool = False  # forked ahead: waits for its turn
     held: dict[str, list[int]] = field(default_factory=dict)
     given: dict[bytes, int] = field(default_factory=dict)
 
@@ -107,6 +115,7 @@ class Child:
     def __init__(self, birth: Birth) -> None:
         self.name = birth.name
         self.incarnation = birth.incarnation
+        self.standing_by = birth.standby  # until our turn comes
         self.stopping = False
         self.yielding = False  # stopping, and a successor goes on with what is given and held
         self._birth = birth
@@ -169,6 +178,26 @@ class Child:
         refusals, self._refusals = self._refusals, []
         return refusals
 
+    # -- what a target with a standby calls
+
+    def stand_by(self) -> None:
+        """Wait for our turn; to be called when all is done that can be done ahead of it.
+
+        Returns at once in a process that was forked to serve.  In one that was forked ahead,
+        `given` and `incarnation` hold from here on, and what is held is not to be touched before:
+        it is another's that long.
+        """
+        if not self.standing_by:
+            return
+        gc.collect()
+        gc.freeze()  # what is prepared stays; a collection while we serve need not look at it
+        while self.standing_by:
+            self._epoll.poll()
+            self._pass_on()
+            self.receive()
+        self._next_beat = time.monotonic()
+        set_title(f"{self._birth.title}: {self.name}", self._birth.comm)
+
     # -- what the loop calls
 
     def fileno(self) -> int:
@@ -181,7 +210,7 @@ class Child:
         # finds it when we are dead.
         if self._passed_on or not self._asked:
             self._read_quietly(self._wake_read)
-        self._read_refusals()
+        self._read_gifts()
         data = self._read_quietly(self._birth.down)
         if data == b"":  # end of file: nobody is left above us
             os._exit(EXIT_ORPHAN)
@@ -202,15 +231,14 @@ class Child:
             self._seq += 1
             duties = [(duty.done, duty.waiting_since) for duty in self._duties.values()]
             self._say(lifeline.encode_beat(self._seq, self._lag, duties))
-            if self._asked and not self.stopping:  # again with each beat, until it is heard
-                self._passed_on |= self._say(lifeline.encode_said(Kind.ASKED, self._seq))
             self._lag = 0.0
             self._untaken = 0
             # At the same moments in all processes: the watchdog wakes once for all their beats.
             interval = self._birth.beat_interval
             self._next_beat = now - now % interval + interval
-        if self._dumped:
-            self._dumped = not self._say(lifeline.encode_said(Kind.DUMPED, self._seq))
+            self._pass_on()  # with each beat, until it is heard
+        elif self._dumped:
+            self._pass_on()
         return max(0.0, self._next_beat - now)
 
     def wait(self, timeout: float | None = None) -> list[str]:
@@ -256,6 +284,13 @@ class Child:
     def _on_quit(self, _number: int, _frame: object) -> None:
         self._dumped = True
 
+    def _pass_on(self) -> None:
+        """Tell the watchdog what somebody else's signals asked of us."""
+        if self._asked and not self.stopping:
+            self._passed_on |= self._say(lifeline.encode_said(Kind.ASKED, self._seq))
+        if self._dumped:
+            self._dumped = not self._say(lifeline.encode_said(Kind.DUMPED, self._seq))
+
     def _say(self, frame: bytes) -> bool:
         try:
             return os.write(self._birth.up, frame) == len(frame)
@@ -292,19 +327,28 @@ class Child:
             self.hurry()
         return True
 
-    def _read_refusals(self) -> None:
+    def _read_gifts(self) -> None:
+        """What the watchdog says of what was given, and hands over when our turn comes."""
         while True:
             try:
-                message = self._gifts.recv(1024)
-            except BlockingIOError:
-                return
-            except OSError:
+                message, fds, _, _ = socket.recv_fds(
+                    self._gifts, _MAX_HANDED, HANDED_AT_ONCE, socket.MSG_CMSG_CLOEXEC
+                )
+            except OSError:  # nothing more, or nobody
                 return
             if not message:
                 return
-            if message[:1] == REFUSED:
-                key, _, why = message[1:].rpartition(b"\0")
+            what, body = message[:1], message[1:]
+            if what == REFUSED:
+                key, _, why = body.rpartition(b"\0")
                 self._refusals.append((key, why.decode(errors="replace")))
+            elif what == HANDED:
+                for fd in fds:
+                    end = 1 + body[0]
+                    self._birth.given[body[1:end]], body = fd, body[end:]
+            elif what == SERVE:
+                self.incarnation = int.from_bytes(body, "big")
+                self.standing_by = False
 
     @staticmethod
     def _read_quietly(fd: int) -> bytes | None:
@@ -334,7 +378,8 @@ def run_child(birth: Birth) -> NoReturn:
     set_death_signal(birth.watchdog_pid)
     os.setsid()
     _reset_signals()
-    set_title(f"{birth.title}: {birth.name}", birth.comm)
+    standby = " standby" if birth.standby else ""
+    set_title(f"{birth.title}: {birth.name}{standby}", birth.comm)
     close_all_but(birth.descriptors())
     _set_oom_score(birth.oom_score_adj)
     faulthandler.enable(birth.stacks, all_threads=True)

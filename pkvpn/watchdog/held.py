@@ -10,13 +10,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 import socket
 import struct
 from collections.abc import Iterable
 
-from pkvpn.watchdog.child import DROP, GIVE, MAX_KEY, REFUSED
+from pkvpn.watchdog.child import DROP, GIVE, HANDED, HANDED_AT_ONCE, MAX_KEY, REFUSED, SERVE
 from pkvpn.watchdog.spec import HeldSpec
+
+_log = logging.getLogger(__name__)
 
 # Descriptors given by children start here; below are the watchdog's own.
 GIVEN_FLOOR = 512
@@ -99,6 +102,23 @@ class Kept:
                 _close(fds)
                 with contextlib.suppress(OSError):
                     gifts.send(REFUSED + message[1:] + b"\0" + why.encode())
+
+    def hand_over(self, gifts: socket.socket, number: int) -> bool:
+        """Tell a standby that it is incarnation ``number`` now, and give it all that is kept.
+
+        False: it does not take it; then it is of no use.
+        """
+        everything = list(self.descriptors.items())
+        try:
+            for at in range(0, len(everything), HANDED_AT_ONCE):
+                some = everything[at : at + HANDED_AT_ONCE]
+                keys = b"".join(bytes([len(key)]) + key for key, _ in some)
+                socket.send_fds(gifts, [HANDED + keys], [fd for _, fd in some])
+            gifts.send(SERVE + number.to_bytes(4, "big"))
+        except OSError as error:
+            _log.warning("a standby did not take over: %s", error)
+            return False
+        return True
 
     def _take(self, message: bytes, fds: list[int], *, truncated: bool) -> str:
         """Return why not, or nothing."""

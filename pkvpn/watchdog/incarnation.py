@@ -35,6 +35,8 @@ WILD_SIGNALS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGABRT, si
 _END_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 
 _MAX_STACKS = 64 * 1024
+# Of /proc: running, or asleep and to be woken.
+_CAN_RUN = {"R", "S"}
 
 
 class ChildEnds(NamedTuple):
@@ -125,6 +127,13 @@ class Incarnation:
             signal.pthread_sigmask(signal.SIG_SETMASK, [])
         self.process = process
 
+    def serve(self, number: int, kept: Kept, now: float) -> bool:
+        """The turn of one that stands by has come; False: it cannot take over."""
+        if procfs.state_of(self.pid) not in _CAN_RUN:
+            return False  # somebody stopped it, and nobody would notice before its start is late
+        self.number, self.started_at, self.quiet_until = number, now, now
+        return kept.hand_over(self._gift_socket(), number)
+
     def beat(self, beat: Beat, now: float) -> None:
         """To be called for each beat."""
         if self.is_silent(now):
@@ -160,10 +169,13 @@ class Incarnation:
 
     def drain_gifts(self, kept: Kept, *, dead: bool = False) -> None:
         """Take what it gave and dropped: with each beat, and once more after its death."""
+        kept.drain(self._gift_socket(), dead=dead)
+
+    def _gift_socket(self) -> socket.socket:
         if self._gifts is None:
             # Not before it is needed: an image that fails to resume must not close it.
             self._gifts = socket.socket(fileno=self.gifts)
-        kept.drain(self._gifts, dead=dead)
+        return self._gifts
 
     def read_stacks(self) -> str:
         return os.pread(self.stacks, _MAX_STACKS, 0).decode(errors="replace")

@@ -113,8 +113,13 @@ def read_identity(pid: int) -> tuple[int, str] | None:
 
 def is_zombie(pid: int) -> bool:
     """Whether it has ended and only waits to be reaped."""
+    return state_of(pid) in {"Z", "X", "x"}
+
+
+def state_of(pid: int) -> str:
+    """The letter of its state, as `ps` shows it; empty if it is gone."""
     fields = _stat_fields(pid)
-    return fields is not None and fields[0] in {"Z", "X", "x"}
+    return fields[0] if fields is not None else ""
 
 
 def parent_of(pid: int) -> int | None:

@@ -47,6 +47,9 @@ class ChildSpec:
     accuses: tuple[Accuses, ...] = ()  # duties of a witness
     keep_limit: int = 0  # how many descriptors it may give to be kept for its successors
     oom_score_adj: int = 0
+    # A second process is forked ahead and waits, all prepared, in `Child.stand_by`, which the
+    # target calls: the successor is there before it is needed.
+    standby: bool = False
 
     def __post_init__(self) -> None:
         if not self.name or not self.name.replace("-", "").isalnum():

@@ -24,7 +24,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import psutil
@@ -33,7 +33,7 @@ from pkvpn.watchdog import control, instance, machine, procfs, report, sweep, up
 from pkvpn.watchdog.child import ALL_SIGNALS, Birth
 from pkvpn.watchdog.held import GIVEN_FLOOR, HeldDescriptors, Kept
 from pkvpn.watchdog.incarnation import ChildEnds, Incarnation
-from pkvpn.watchdog.lifeline import FRAME_SIZE, CorruptLifeline, Kind, Order
+from pkvpn.watchdog.lifeline import FRAME_SIZE, CorruptLifeline, Kind, Order, Said
 from pkvpn.watchdog.logchild import LogPipe, LogSettings
 from pkvpn.watchdog.logchild import main as log_main
 from pkvpn.watchdog.machine import ChildMachine, State
@@ -61,6 +61,10 @@ MUTE_TIMEOUT = 0.2
 _LAST_SWEEP = 1.0
 # Reads of one lifeline in one turn: a whole pipe, and not more, however fast a child writes.
 _READS = 16
+# A standby is forked so long after its child has come up (and not while that gets under way), and
+# after another has ended by itself.
+_STANDBY_AFTER = 0.25
+_STANDBY_AGAIN = 5.0
 # Reports that operators asked for (QUIT), per child: a child cannot fill the disk with them.
 _DUMP_INTERVAL = 1.0
 # The same excuse is written down at most so often.
@@ -85,6 +89,8 @@ class Slot:
         self.kept = Kept(spec.keep_limit, given_floor)
         self.alive: Incarnation | None = None
         self.remains: Incarnation | None = None  # of the one that has just ended
+        self.standby: Incarnation | None = None  # forked ahead, to be the next one
+        self.standby_at = math.inf  # when one is to be forked
         self.ended: machine.Gone | None = None
         self.usage: dict[str, float] = {}
         self.number = 0
@@ -134,6 +140,7 @@ class Supervisor:
         self._strangers = False  # somebody below us has ended
         self._orphans: set[int] = set()  # killed at the last look
         self._back_at = 0.0  # when we were last away
+        self._dismissed: set[Incarnation] = set()  # standbys that are being killed
         self._slots = _make_slots(self._all_children(spec))
         self._tree = Tree([slot.machine for slot in self._slots.values()])
         self._by_machine = {id(slot.machine): slot for slot in self._slots.values()}
@@ -203,8 +210,10 @@ class Supervisor:
         self._upgrade_failed = upgrade.failure()
         self._entry("resumed", image=self._image, failed=self._upgrade_failed)
         for slot in self._slots.values():
+            slot.standby_at = now + _STANDBY_AFTER
             if slot.alive is None:
                 self._tell_machine(slot, machine.Start(), now)
+        self._strangers = True  # standbys of the image before have ended unseen
         if replace_all or not self._upgrade_failed:
             # Else all children are of this code already, which has never been left.
             self._rollover = Rollover([slot.machine for slot in self._slots.values()])
@@ -278,6 +287,14 @@ class Supervisor:
             self._contain(None, lambda: self._on_signals(now), now)
         elif priority == _TRIAL:
             self._contain(None, self._end_trial, now)
+        elif incarnation is slot.standby:
+            self._contain(slot, lambda: self._hear_standby(slot, priority, now), now)
+        elif incarnation in self._dismissed:
+            if priority == _DEATHS:
+                incarnation.reap()
+                self._bury(incarnation)
+            else:
+                self._selector.unregister(key.fd)
         elif incarnation is not slot.alive:
             return  # gone earlier in this very turn
         elif priority == _LIFELINES:
@@ -328,12 +345,15 @@ class Supervisor:
             self._obey_judge(slot, slot.alive.judge.mute(now), now)
         if slot.alive is not None and slot.machine.state is State.UP:
             self._obey_judge(slot, slot.alive.judge.expire(now), now)
+        if slot.standby_at <= now:
+            slot.standby_at = math.inf
+            self._fork_standby(slot, now)
 
     def _until_next_deadline(self, now: float) -> float:
         # Never longer than a second, so that time we were away for is seen as such.
         nearest = min(now + 1.0, self._trial_deadline)
         for slot in self._slots.values():
-            deadlines = [slot.machine.next_deadline()]
+            deadlines = [slot.machine.next_deadline(), slot.standby_at]
             if slot.alive is not None:
                 deadlines.append(slot.alive.mute_at)
             if slot.alive is not None and slot.machine.state is State.UP:
@@ -370,6 +390,7 @@ class Supervisor:
 
     def _stop(self, now: float) -> None:
         self._rollover = Rollover([])
+        self._dismiss_standbys(now)
         for child, event in self._tree.stop():
             self._tell_machine(self._by_machine[id(child)], event, now)
 
@@ -442,8 +463,15 @@ class Supervisor:
 
     def _pids(self) -> set[int]:
         """Every process that is ours and has not been reaped."""
-        pids = {slot.alive.pid for slot in self._slots.values() if slot.alive is not None}
+        pids = {incarnation.pid for incarnation in self._living()} | {
+            incarnation.pid for incarnation in self._dismissed
+        }
         return pids | ({self._trial.pid} if self._trial is not None else set())
+
+    def _living(self) -> list[Incarnation]:
+        """Those that serve and those that stand by."""
+        slots = self._slots.values()
+        return [one for slot in slots for one in (slot.alive, slot.standby) if one is not None]
 
     # -- what children say
 
@@ -452,28 +480,18 @@ class Supervisor:
         incarnation = slot.alive
         assert incarnation is not None
         newest: Beat | None = None
-        for _ in range(_READS):
-            try:
-                data = os.read(incarnation.up, 16 * FRAME_SIZE)
-            except BlockingIOError:
-                break
-            if not data:
-                self._selector.unregister(incarnation.up)
-                incarnation.mute_at = now + MUTE_TIMEOUT
-                break
-            try:
-                frames = incarnation.decoder.feed(data)
-            except CorruptLifeline as error:
-                incarnation.said = str(error)
-                self._selector.unregister(incarnation.up)
-                self._obey_judge(slot, incarnation.judge.corrupt(now, str(error)), now)
-                return
-            for frame in frames:
+        try:
+            for frame in self._read_frames(incarnation, now):
                 if isinstance(frame, Beat):
                     newest = frame
                     incarnation.beat(frame, now)
                 else:
                     self._on_said(slot, incarnation, frame.kind, frame.text, now)
+        except CorruptLifeline as error:
+            incarnation.said = str(error)
+            self._selector.unregister(incarnation.up)
+            self._obey_judge(slot, incarnation.judge.corrupt(now, str(error)), now)
+            return
         if newest is not None:
             # Where they lie they are safe already; by themselves they would wake us twice for
             # every connection of a client.
@@ -487,11 +505,25 @@ class Supervisor:
             for accusation in incarnation.witness.accusations(newest.duties, now):
                 self._accuse(slot, accusation, now)
 
+    def _read_frames(self, incarnation: Incarnation, now: float) -> Iterator[Beat | Said]:
+        """Raises `CorruptLifeline`."""
+        for _ in range(_READS):
+            try:
+                data = os.read(incarnation.up, 16 * FRAME_SIZE)
+            except BlockingIOError:
+                return
+            if not data:
+                self._selector.unregister(incarnation.up)
+                incarnation.mute_at = now + MUTE_TIMEOUT
+                return
+            yield from incarnation.decoder.feed(data)
+
     def _on_said(
         self, slot: Slot, incarnation: Incarnation, kind: Kind, text: str, now: float
     ) -> None:
         if kind is Kind.READY:
             incarnation.judge.arm(now)
+            slot.standby_at = now + _STANDBY_AFTER
             self._tell_machine(slot, machine.Ready(), now)
             self._advance(now)
         elif kind is Kind.SAY:
@@ -579,9 +611,7 @@ class Supervisor:
             self._contain(slot, lambda: self._read_lifeline(slot, now), now)
         self._contain(slot, lambda: incarnation.drain_gifts(slot.kept, dead=True), now)
         ended, slot.usage = incarnation.reap()
-        for fd in (incarnation.up, incarnation.pidfd):
-            with contextlib.suppress(KeyError):
-                self._selector.unregister(fd)
+        self._unwatch(incarnation)
         slot.alive, slot.remains, slot.ended = None, incarnation, ended
         if incarnation.was_asked_to_end() and not self._tree.stopping:
             self._entry("stop-asked", by=slot.name)
@@ -606,12 +636,11 @@ class Supervisor:
 
     def _end_orphans(self) -> None:
         """What the dead child had started came to us; it is not to outlive it."""
-        alive = [slot.alive for slot in self._slots.values() if slot.alive is not None]
         ours = self._pids()
         if set(procfs.children_of(os.getpid())) <= ours:
             self._orphans = set()
             return
-        spared = {os.fstat(incarnation.up).st_ino for incarnation in alive}
+        spared = {os.fstat(incarnation.up).st_ino for incarnation in self._living()}
         # One that has not gone yet is killed once more, and said once.
         known, self._orphans = self._orphans, set(sweep.kill_orphans(ours, spared))
         if self._orphans - known:
@@ -663,19 +692,21 @@ class Supervisor:
 
     def _spawn(self, slot: Slot, fresh: bool, now: float) -> None:
         slot.number += 1
-        incarnation = Incarnation(slot.spec, slot.number, now, self._spec.beat_interval)
-        try:
-            incarnation.spawn(lambda ends: self._birth(slot, ends), fresh=fresh)
-        except OSError as error:
-            reason = error.strerror or str(error)
-            self._entry("spawn-failed", child=slot.name, reason=reason)
-            self._tell_machine(slot, machine.SpawnFailed(reason), now)
-            return
+        incarnation = self._standby(slot, fresh, now)
+        if incarnation is None:
+            incarnation = Incarnation(slot.spec, slot.number, now, self._spec.beat_interval)
+            try:
+                incarnation.spawn(lambda ends: self._birth(slot, ends), fresh=fresh)
+            except OSError as error:
+                reason = error.strerror or str(error)
+                self._entry("spawn-failed", child=slot.name, reason=reason)
+                self._tell_machine(slot, machine.SpawnFailed(reason), now)
+                return
+            self._watch(slot, incarnation)
         slot.alive, slot.facts = incarnation, None
-        self._watch(slot, incarnation)
         self._tell_machine(slot, machine.Spawned(incarnation.pid), now)
 
-    def _birth(self, slot: Slot, ends: ChildEnds) -> Birth:
+    def _birth(self, slot: Slot, ends: ChildEnds, *, standby: bool = False) -> Birth:
         names = (LOG_CHILD,) if slot.name == LOG_CHILD else slot.spec.held
         return Birth(
             name=slot.name,
@@ -697,13 +728,95 @@ class Supervisor:
             log=self._log_write,
             lock=self._lock.fd,
             held={name: self._held.descriptors(name) for name in names},
-            given=slot.kept.descriptors,
+            given={} if standby else slot.kept.descriptors,
+            standby=standby,
         )
 
     def _watch(self, slot: Slot, incarnation: Incarnation) -> None:
         data = (slot, incarnation)
         self._selector.register(incarnation.up, selectors.EVENT_READ, (_LIFELINES, *data))
         self._selector.register(incarnation.pidfd, selectors.EVENT_READ, (_DEATHS, *data))
+
+    def _unwatch(self, incarnation: Incarnation) -> None:
+        for fd in (incarnation.up, incarnation.pidfd):
+            with contextlib.suppress(KeyError):
+                self._selector.unregister(fd)
+
+    # -- successors that are there before they are needed
+
+    def _fork_standby(self, slot: Slot, now: float) -> None:
+        if not slot.spec.standby or slot.standby is not None or self._tree.stopping:
+            return
+        if not self._rollover.done:
+            slot.standby_at = now + _STANDBY_AFTER  # what is up is still of the code before
+            return
+        if slot.machine.state is not State.UP:
+            return  # as soon as it is
+        incarnation = Incarnation(slot.spec, slot.number + 1, now, self._spec.beat_interval)
+        try:
+            incarnation.spawn(lambda ends: self._birth(slot, ends, standby=True), fresh=False)
+        except OSError as error:
+            self._entry("standby-failed", child=slot.name, reason=error.strerror or str(error))
+            slot.standby_at = now + _STANDBY_AGAIN
+            return
+        slot.standby = incarnation
+        self._watch(slot, incarnation)
+
+    def _standby(self, slot: Slot, fresh: bool, now: float) -> Incarnation | None:
+        """The standby, serving from now on; None if there is none of use.
+
+        ``fresh``: another address layout is wanted, and it has that of the one that died."""
+        standby = slot.standby
+        if standby is None or fresh or not standby.serve(slot.number, slot.kept, now):
+            self._dismiss_standby(slot, now)
+            return None
+        slot.standby = None
+        return standby
+
+    def _hear_standby(self, slot: Slot, priority: int, now: float) -> None:
+        standby = slot.standby
+        assert standby is not None
+        if priority == _LIFELINES:
+            self._read_standby(slot, standby, now)
+        else:
+            slot.standby, slot.standby_at = None, now + _STANDBY_AGAIN
+            if standby.up in self._selector.get_map():
+                self._read_standby(slot, standby, now)
+            ended, usage = standby.reap()
+            if standby.was_asked_to_end() and not self._tree.stopping:
+                self._entry("stop-asked", by=slot.name)
+                self._stop(now)
+            self._report(slot, standby, now, ended, usage)
+            self._bury(standby)
+
+    def _read_standby(self, slot: Slot, standby: Incarnation, now: float) -> None:
+        """All it may say is what others' signals asked of it, and why it cannot go on."""
+        try:
+            for frame in self._read_frames(standby, now):
+                if isinstance(frame, Beat) or frame.kind is Kind.READY:
+                    raise CorruptLifeline("it serves before its turn: it does not stand by")
+                self._on_said(slot, standby, frame.kind, frame.text, now)
+        except CorruptLifeline as error:
+            self._entry("standby-failed", child=slot.name, reason=str(error))
+            self._dismiss_standby(slot, now)
+            slot.standby_at = now + _STANDBY_AGAIN
+
+    def _dismiss_standbys(self, now: float) -> None:
+        for slot in self._slots.values():
+            self._dismiss_standby(slot, now)
+
+    def _dismiss_standby(self, slot: Slot, now: float) -> None:
+        """Kill it: it is not what is wanted any more."""
+        standby, slot.standby = slot.standby, None
+        slot.standby_at = now + _STANDBY_AFTER
+        if standby is not None:
+            self._dismissed.add(standby)
+            standby.signal(signal.SIGKILL)
+
+    def _bury(self, incarnation: Incarnation) -> None:
+        self._dismissed.discard(incarnation)
+        self._unwatch(incarnation)
+        incarnation.close()
 
     # -- what is written down
 
@@ -819,6 +932,7 @@ class Supervisor:
     def _reload(self, now: float) -> dict[str, Any]:
         if self._tree.stopping:
             raise control.ControlError("the service is stopping")
+        self._dismiss_standbys(now)  # they were prepared for what was there before
         replaced: list[str] = []
         if self._on_reload is not None:
             try:
@@ -906,6 +1020,7 @@ class Supervisor:
 
     def _exec(self, plan: Upgrade, archive: int, *, old: bool) -> None:
         """Become the next image.  If that fails, nothing has changed and this one goes on."""
+        self._dismiss_standbys(time.monotonic())  # they are of this code
         # Who goes back finds children of the code that it undoes.
         table = upgrade.write_table({**self._table(archive), "replace": old})
         self._entry("upgrade-exec", image=self._image + 1)
@@ -1019,6 +1134,7 @@ class Supervisor:
             "kept_limit": slot.kept.limit,
             "kept_refused": slot.kept.refused,
             "undead": slot.machine.undead,
+            "standby": slot.standby.pid if slot.standby is not None else None,
         }
         if alive is None:
             return status

@@ -53,6 +53,7 @@ class FakeChild:
         self.name = "core"
         self.incarnation = incarnation
         self.stopping = False
+        self.standing_by = False
         self._held = held
         self._given = given
         self._ready_fd = ready_fd
@@ -63,6 +64,9 @@ class FakeChild:
 
     def _on_term(self, *_args: object) -> None:
         self.stopping = True
+
+    def stand_by(self) -> None:
+        """Our turn has come already."""
 
     def held(self, name: str) -> list[int]:
         return self._held[name]

@@ -25,12 +25,16 @@ class FakeChild:
         self.name = "edge-1"
         self.incarnation = 1
         self.stopping = False
+        self.standing_by = False
         self.yielding = False
         self._held = held
         self._given = given
         self._gifts = socket.socket(fileno=gifts)
         self._orders = orders
         self._duties: dict[str, Duty] = {}
+
+    def stand_by(self) -> None:
+        """Our turn has come already."""
 
     def held(self, name: str) -> list[int]:
         return self._held[name]
