@@ -28,7 +28,8 @@ def prepared(child: Child) -> None:
     if not given:
         for number in range(MANY):
             left, right = socket.socketpair()
-            child.give(b"key %d" % number, left.fileno())
+            while not child.give(b"key %d" % number, left.fileno()):
+                child.wait(0.01)
             left.close()
             right.close()
     whole = all(os.fstat(fd) for fd in child.given().values())
