@@ -56,7 +56,7 @@ from pkvpn.core.session import Session, SessionKeys, Sessions
 from pkvpn.core.settings import CoreSettings
 from pkvpn.core.store import Store, StoreError, session_secret
 from pkvpn.protocol.messages import Direction
-from pkvpn.watchdog.child import Child
+from pkvpn.watchdog.child import Child, next_moment
 from pkvpn.watchdog.control import ControlError, ControlServer
 
 _log = logging.getLogger("pkvpn.core")
@@ -76,7 +76,7 @@ _OLD_FLOWS_TIMEOUT = 2.0
 # How long the end waits for the store thread, which may wait for the disk.
 _END_TIMEOUT = 2.0
 
-_TICK = 1.0
+_TICK = 0.9  # with each third beat by default
 _AGEING_TICK = 5.0
 
 _MODES = {
@@ -223,7 +223,7 @@ class Core:
             now = time.monotonic()
             if now >= tick_at:
                 self._tick(now)
-                tick_at = now + _TICK
+                tick_at = next_moment(now, _TICK)
                 if now >= ageing_at:
                     self._age(now)
                     ageing_at = now + _AGEING_TICK

@@ -233,9 +233,7 @@ class Child:
             self._say(lifeline.encode_beat(self._seq, self._lag, duties))
             self._lag = 0.0
             self._untaken = 0
-            # At the same moments in all processes: the watchdog wakes once for all their beats.
-            interval = self._birth.beat_interval
-            self._next_beat = now - now % interval + interval
+            self._next_beat = next_moment(now, self._birth.beat_interval)
             self._pass_on()  # with each beat, until it is heard
         elif self._dumped:
             self._pass_on()
@@ -357,6 +355,14 @@ class Child:
             return os.read(fd, 4096)
         except BlockingIOError:
             return None
+
+
+def next_moment(now: float, interval: float) -> float:
+    """The next moment for what is done every ``interval`` seconds (all CLOCK_MONOTONIC).
+
+    The same for all processes and all that they do so often: they wake up together, and once.
+    """
+    return now - now % interval + interval
 
 
 # --- from the fork to the target ----------------------------------------------------------

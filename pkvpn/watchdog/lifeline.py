@@ -91,7 +91,7 @@ class LifelineDecoder:
     """
 
     def __init__(self, duties: int) -> None:
-        self._duties = duties
+        self._duties = struct.Struct("!" + "Qd" * duties)
         self._rest = b""
 
     def feed(self, data: bytes) -> list[Beat | Said]:
@@ -111,10 +111,8 @@ class LifelineDecoder:
         if number not in Kind._value2member_map_:
             raise CorruptLifeline(f"frame {seq} is of unknown kind {number}")
         if number == Kind.BEAT:
-            duties = tuple(
-                _DUTY.unpack_from(frame, _HEAD.size + i * _DUTY.size) for i in range(self._duties)
-            )
-            return Beat(seq, lag, duties)
+            told = self._duties.unpack_from(frame, _HEAD.size)
+            return Beat(seq, lag, tuple(zip(told[::2], told[1::2], strict=True)))
         text = frame[_HEAD.size : -_CRC.size].rstrip(b"\0").decode(errors="replace")
         return Said(Kind(number), text)
 

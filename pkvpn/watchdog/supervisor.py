@@ -517,6 +517,8 @@ class Supervisor:
                 incarnation.mute_at = now + MUTE_TIMEOUT
                 return
             yield from incarnation.decoder.feed(data)
+            if len(data) < 16 * FRAME_SIZE:
+                return  # an end of file raises another event
 
     def _on_said(
         self, slot: Slot, incarnation: Incarnation, kind: Kind, text: str, now: float
