@@ -312,13 +312,18 @@ class OwnRecords:
         self.tx.append(self.sealer.seal_alert(description))
 
 
+def scratch_size(rx_size: int) -> int:
+    """All that a receive ring of ``rx_size`` bytes can hold, what OpenSSL's records may have left
+    over, and a record's tail."""
+    return _HEADROOM + rx_size + MAX_REQUEST + MAX_RECORD
+
+
 class Turn:
     """What the connections of one edge share: scratch memory, and what a turn collects."""
 
-    def __init__(self, rx_size: int) -> None:
-        # All that a receive ring can hold, what OpenSSL's records may have left over, and a
-        # record's tail.
-        self.scratch = memoryview(bytearray(_HEADROOM + rx_size + MAX_REQUEST + MAX_RECORD))
+    def __init__(self, scratch: memoryview) -> None:
+        """``scratch``: memory of `scratch_size` bytes."""
+        self.scratch = scratch
         # Connections that have something to send.
         self.touched: list[Connection] = []
         # What was dropped and refused in all.

@@ -34,6 +34,7 @@ from pkvpn.edge.connection import (
     OwnRecords,
     Records,
     Turn,
+    scratch_size,
 )
 from pkvpn.edge.flows import Flows
 from pkvpn.edge.handshake import (
@@ -223,7 +224,9 @@ class Edge:
         self._listeners = [socket.socket(fileno=fd) for fd in child.held("listen")]
         self._lock = -1
         self._checkpoint = self._map_checkpoint()
-        self._turn = Turn(self._checkpoint.rx_size)
+        # Pages of it that nobody touches cost a new edge nothing.
+        scratch = mmap.mmap(-1, scratch_size(self._checkpoint.rx_size))
+        self._turn = Turn(memoryview(scratch))
         drops, refusals = self._checkpoint.load_totals()
         self._turn.drops.update(dict(zip(EdgeDrop, drops, strict=True)))
         self._turn.refusals.update(dict(zip(Refusal, refusals, strict=True)))

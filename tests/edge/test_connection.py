@@ -13,7 +13,7 @@ from pkvpn import channel
 from pkvpn.channel import EdgeDrop, Mode, State
 from pkvpn.edge import connection, tls_records
 from pkvpn.edge.checkpoint import Checkpoint, Identity, Slot, checkpoint_size
-from pkvpn.edge.connection import Connection, ConnectionEnds, OwnRecords, Turn
+from pkvpn.edge.connection import Connection, ConnectionEnds, OwnRecords, Turn, scratch_size
 from pkvpn.edge.rings import Ring
 from pkvpn.edge.tls_records import (
     AES_128_GCM,
@@ -145,14 +145,14 @@ class World:
     def __init__(self) -> None:
         self.memory = bytearray(checkpoint_size(4, RX, TX))
         self.checkpoint = Checkpoint.make(memoryview(self.memory), 4, RX, TX)
-        self.turn = Turn(RX)
+        self.turn = Turn(memoryview(bytearray(scratch_size(RX))))
         self.tables: dict[int, dict[bytes, Connection]] = {}
         self.clients: list[Client] = []
         self.core: list[tuple[int, list[bytes]]] = []
 
     def die(self) -> None:
         """A successor goes on, with nothing but the memory and what the kernel says."""
-        self.turn = Turn(RX)
+        self.turn = Turn(memoryview(bytearray(scratch_size(RX))))
         self.checkpoint = Checkpoint(memoryview(self.memory))
         flows = {
             conn: {key: to.conn for key, to in table.items()} for conn, table in self.tables.items()
