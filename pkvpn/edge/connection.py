@@ -116,6 +116,13 @@ class Records(Protocol):
         """
         ...
 
+    def skip_over(self, size: int) -> None:
+        """So many bytes behind what `consume` was told are done with too.
+
+        To be called before anything else is opened.
+        """
+        ...
+
     def room(self) -> int:
         """How many bytes `write` can take now."""
         ...
@@ -153,6 +160,7 @@ class OwnRecords:
     __slots__ = (
         "_answered",
         "_asked_to_renew",
+        "_consumed",
         "_marks",
         "_starts",
         "_update_second",
@@ -186,6 +194,8 @@ class OwnRecords:
         self._asked_to_renew = b""
         self._updates = 0
         self._update_second = 0
+        # What `consume` was told last.
+        self._consumed = 0
         # Of the records that `open_all` opened: where in scratch each begins, and
         # (position, number, opener) of it; the last entry is what follows them.
         self._starts: list[int] = []
@@ -256,7 +266,11 @@ class OwnRecords:
         self.opener = opener
         self.skip = to - self._starts[index]
         self.rx.start = position
+        self._consumed = to
         return len(self._starts) - 1 - index
+
+    def skip_over(self, size: int) -> None:
+        self.consume(self._consumed + size)
 
     def room(self) -> int:
         room = self.tx.room() - _RESERVE
@@ -790,8 +804,7 @@ class Connection:
             return False
         self._idle_until = 0  # what has come may mean something else now
         if self.request:
-            at, _ = self.records.open_all(self._turn.scratch, _HEADROOM, now)
-            self.records.consume(at + len(self.request))
+            self.records.skip_over(len(self.request))
             self.request = b""
         if state.reply:
             self._write(state.reply)

@@ -2,7 +2,7 @@
 
 Strategy: OpenSSL sees only memory BIOs.  With TLS 1.3 the edge takes over when the handshake is
 done: the two traffic secrets come from OpenSSL's key log, which is a memory file of its own that
-is emptied before each step, so that it only ever holds the secrets of the step just made.  What
+is emptied after each step, so that it only ever holds the secrets of the step just made.  What
 lies unread in the incoming BIO then is the first thing that the record layer of our own opens.
 Everything else (TLS 1.2, or a key log that says nothing) stays with OpenSSL.
 """
@@ -146,7 +146,6 @@ class Handshake:
         if self._received > MAX_HANDSHAKE_BYTES:
             raise HandshakeError(f"{self._received} bytes and no end of the handshake")
         self._incoming.write(data)
-        self._key_log.empty()
         try:
             self.tls.do_handshake()
             self.done = True
@@ -263,6 +262,9 @@ class OpenSSLRecords:
     def consume(self, to: int) -> int:
         self._rest = bytes(self._scratch[to : self._end])
         return 1
+
+    def skip_over(self, size: int) -> None:
+        self._rest = self._rest[size:]
 
     def room(self) -> int:
         # TLS 1.2 adds 29 bytes to each 16 KiB; the rest is for what must always fit.

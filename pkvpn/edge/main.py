@@ -221,7 +221,7 @@ class Edge:
         control, frames = child.held(f"channel:{child.name}")
         self._control = socket.socket(fileno=control)
         self._frames = socket.socket(fileno=frames)
-        self._listeners = [socket.socket(fileno=fd) for fd in child.held("listen")]
+        self._listeners = {fd: socket.socket(fileno=fd) for fd in child.held("listen")}
         self._lock = -1
         self._checkpoint = self._map_checkpoint()
         # Pages of it that nobody touches cost a new edge nothing.
@@ -273,7 +273,7 @@ class Edge:
         self._epoll.close()
         for sock, _, _ in self._waiting:
             sock.close()
-        for sock in (self._control, self._frames, *self._listeners):
+        for sock in (self._control, self._frames, *self._listeners.values()):
             sock.detach()
         self._tls.close()
         os.close(self._lock)
@@ -438,12 +438,13 @@ class Edge:
             self._read_control()
         if self._frames.fileno() in events:
             self._read_frames()
-        shaking = []
+        shaking, calling = [], []
         for fd, event in events.items():
             peer = self._by_fd.get(fd)
             if peer is None:
-                continue
-            if peer.handshake is None:
+                if fd in self._listeners:
+                    calling.append(self._listeners[fd])
+            elif peer.handshake is None:
                 self._ready(peer, event)
             else:
                 shaking.append((peer, event))
@@ -453,9 +454,8 @@ class Edge:
         shaking.sort(key=lambda item: item[0].conn, reverse=True)
         for peer, event in shaking[:_HANDSHAKES_PER_TURN]:
             self._ready(peer, event)
-        for listener in self._listeners:
-            if listener.fileno() in events:
-                self._accept_some(listener)
+        for listener in calling:
+            self._accept_some(listener)
         if self.now >= self._next_tick:
             self._next_tick = next_moment(self.now, _TICK)
             self._tick()
@@ -593,7 +593,7 @@ class Edge:
         wanted = not pause and self._may_accept() and not self._is_full()
         if wanted != self._accepting:
             self._accepting = wanted
-            for listener in self._listeners:
+            for listener in self._listeners.values():
                 if wanted:
                     # One edge wakes up for a new client, not all of them.
                     self._epoll.register(listener, select.EPOLLIN | select.EPOLLEXCLUSIVE)
@@ -628,7 +628,7 @@ class Edge:
             self._waiting.popleft()[0].close()
         if not self._is_full() or not self._may_accept():
             return
-        for listener in self._listeners:
+        for listener in self._listeners.values():
             for _ in range(_ACCEPTS_PER_TURN):
                 accepted = self._accept_one(listener)
                 if accepted is None:
@@ -826,11 +826,11 @@ class Edge:
         if connection.closing:
             self._discard(peer)
             return
+        if not connection.wants_bytes:
+            self._watch(peer, peer.interest & ~select.EPOLLIN)
+            return
         rx = connection.rx
         piece = rx.free()
-        if not piece:
-            self._watch_connection(peer)
-            return
         if connection.slot is not None:
             connection.slot.set_dirty(True)
         try:
@@ -883,7 +883,8 @@ class Edge:
                 self._ask(connection)
             connection.save()
         checkpoint.mark(0, 0)
-        self._watch_connection(peer)
+        if not connection.touched:  # else it is flushed at the end of the turn, which looks again
+            self._watch_connection(peer)
 
     def _ask(self, connection: Connection) -> None:
         self._asked[connection.conn] = self.now
@@ -952,7 +953,8 @@ class Edge:
         interest = 0
         if connection.closing:
             interest = 0 if peer.eof else select.EPOLLIN
-        elif connection.wants_bytes:
+        elif connection.wants_bytes or peer.interest & select.EPOLLIN:
+            # Bytes that are not wanted now are seldom sent: `_read` looks away when they are.
             interest = select.EPOLLIN
         if connection.tx.start < connection.tx.end:
             interest |= select.EPOLLOUT

@@ -15,6 +15,7 @@ What keeps this safe, and what every change must keep true:
 * Whatever a peer sends, the only exception that leaves is `TLSError`.
 """
 
+import functools
 import hashlib
 import hmac
 import struct
@@ -95,15 +96,23 @@ SUITES = {suite.name: suite for suite in (AES_128_GCM, AES_256_GCM, CHACHA20)}
 SUITE_NUMBERS = {suite.number: suite for suite in SUITES.values()}
 
 
+_SECRET_SIZES = {suite: hashlib.new(suite.hash).digest_size for suite in SUITES.values()}
+
+
 def secret_size(suite: Suite) -> int:
     """How long a traffic secret of the suite is."""
-    return hashlib.new(suite.hash).digest_size
+    return _SECRET_SIZES[suite]
+
+
+@functools.cache
+def _label_info(label: str, size: int) -> bytes:
+    full = b"tls13 " + label.encode()
+    return struct.pack("!HB", size, len(full)) + full + b"\0"
 
 
 def expand_label(hash_name: str, secret: bytes, label: str, size: int) -> bytes:
     """HKDF-Expand-Label of RFC 8446 7.1 with an empty context."""
-    full = b"tls13 " + label.encode()
-    info = struct.pack("!HB", size, len(full)) + full + b"\0"
+    info = _label_info(label, size)
     out = block = b""
     counter = 1
     while len(out) < size:
