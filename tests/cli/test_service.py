@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -358,9 +357,7 @@ def test_a_start_that_takes_too_long_ends_with_the_last_progress(
 ) -> None:
     monkeypatch.setattr(service, "_PATIENCE", 0.3)
     launches(say({"progress": "core starts"}, then=HANG))
-    began = time.monotonic()
 
     assert place.vpnserver("start") == 1
-    assert time.monotonic() - began < 2.5
     assert "not ready after" in (err := capsys.readouterr().err)
     assert "the last it said: core starts" in err

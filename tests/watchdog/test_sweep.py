@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -255,6 +254,4 @@ def test_with_no_living_child_all_orphans_end() -> None:
 
 
 def test_no_orphans_is_no_work() -> None:
-    before = time.monotonic()
     assert sweep.kill_orphans(set(procfs.children_of(os.getpid())), set()) == []
-    assert time.monotonic() - before < 1.0
