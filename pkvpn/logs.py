@@ -44,8 +44,6 @@ class _OneLineFormatter(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
         record.message = one_line(record.message)
-        # The name comes from the process itself, which may have been taken over.
-        record.processName = one_line(record.processName or "")
         return super().formatMessage(record)
 
 

@@ -86,7 +86,7 @@ class Birth:
     gifts: int  # SEQPACKET
     stacks: int  # memfd; outlives the process
     wake: tuple[int, int]  # a pipe into which signal handlers write; outlives the process
-    log: int  # SEQPACKET, shared by the tree
+    log: int  # SEQPACKET
     lock: int  # the instance lock: open as long as any process of the tree lives
     standby: bool = False  # forked ahead: waits for its turn
     held: dict[str, list[int]] = field(default_factory=dict)
@@ -483,5 +483,5 @@ def _set_oom_score(value: int) -> None:
 
 def _route_logging(birth: Birth) -> None:
     root = logging.getLogger()
-    root.handlers[:] = [LogPipe(birth.log, birth.name).handler()]
+    root.handlers[:] = [LogPipe(birth.log).handler()]
     root.setLevel(birth.log_level)

@@ -1,4 +1,8 @@
-"""The log child, which alone writes to disk for the tree, and the pipe that leads to it.
+"""The log child, which alone writes to disk for the tree, and the pipes that lead to it.
+
+Each process has a pipe of its own, by which it is known: what a child that was taken over says
+of itself does not count, it cannot speak for another, and a flood of it fills its own pipe only.
+Journal entries and crash reports are the watchdog's.
 
 Strategy: whoever sends never waits: a message that finds the pipe full is dropped and counted, and
 the next one that passes says how many are missing.  The log child never raises for a disk's sake:
@@ -28,9 +32,8 @@ __all__ = ["MAX_MESSAGE", "LogPipe", "LogSettings", "decode", "encode", "main"]
 # One message on the SEQPACKET socket, big endian:
 #   1  kind: 'L' log record, 'J' journal entry, 'R' crash report
 #   4  how many messages of this process were dropped before this one
-#   1  n, then n bytes: name of the process, UTF-8
 #   the rest: one JSON object
-_HEAD = struct.Struct("!cIB")
+_HEAD = struct.Struct("!cI")
 
 # Far below what a socket takes by default, so that some of the longest fit in as well.
 MAX_MESSAGE = 60 * 1024
@@ -51,9 +54,9 @@ _FALLBACK_RATE = 20.0
 # Beyond it no date is written: the end of the year 9999, less a day for all time zones.
 _MAX_TIME = 253402214400
 
-# A process names itself; what has more names than a tree has children shares what is kept by name.
-_MAX_NAMES = 256
-_OTHERS = "(others)"
+
+# The sender whose pipe carries more than log lines.
+WATCHDOG = "watchdog"
 
 
 class _Duty(Protocol):
@@ -101,6 +104,8 @@ class LogSettings:
     burst: float = 1000.0
     tail_lines: int = 60
     held: str = "log"
+    # Whose pipe each of the held descriptors is, in their order.
+    senders: tuple[str, ...] = (WATCHDOG,)
 
     @property
     def reports_dir(self) -> str:
@@ -110,29 +115,27 @@ class LogSettings:
 # The sender's end
 
 
-def encode(kind: bytes, process: str, dropped: int, body: dict[str, Any]) -> bytes:
+def encode(kind: bytes, dropped: int, body: dict[str, Any]) -> bytes:
     """One message of at most `MAX_MESSAGE` bytes; a longer body loses its longest texts."""
-    name = process.encode(errors="backslashreplace")[:255]
-    head = _HEAD.pack(kind, min(dropped, 0xFFFFFFFF), len(name)) + name
+    head = _HEAD.pack(kind, min(dropped, 0xFFFFFFFF))
     data = _json(body)
     if len(head) + len(data) > MAX_MESSAGE:
         data = reports.encode(body, MAX_MESSAGE - len(head))
     return head + data
 
 
-def decode(message: bytes) -> tuple[bytes, str, int, dict[str, Any]]:
-    """(kind, process, dropped, body).  Raises ValueError for what is no message."""
+def decode(message: bytes) -> tuple[bytes, int, dict[str, Any]]:
+    """(kind, dropped, body).  Raises ValueError for what is no message."""
     if len(message) < _HEAD.size:
         raise ValueError(f"a message of {len(message)} bytes")
-    kind, dropped, size = _HEAD.unpack_from(message)
-    at = _HEAD.size + size
+    kind, dropped = _HEAD.unpack_from(message)
     try:
-        body = json.loads(message[at:])
+        body = json.loads(message[_HEAD.size :])
     except RecursionError:
         raise ValueError("the body is nested too deeply") from None
     if not isinstance(body, dict):
         raise ValueError("the body is no object")
-    return kind, message[_HEAD.size : at].decode(errors="replace"), dropped, body
+    return kind, dropped, body
 
 
 def _json(body: dict[str, Any]) -> bytes:
@@ -147,9 +150,8 @@ class LogPipe:
     call, so threads and a fork do not mix two.
     """
 
-    def __init__(self, fd: int, process: str) -> None:
+    def __init__(self, fd: int) -> None:
         self._fd = fd
-        self._process = process
         self._unsaid = 0
         self._dropped = 0
 
@@ -159,14 +161,14 @@ class LogPipe:
         return self._dropped
 
     def send_entry(self, entry: dict[str, Any]) -> bool:
-        """A journal entry; ``at`` and ``mono`` are added if they are missing."""
+        """A journal entry, of the watchdog only; adds ``at`` and ``mono`` if they are missing."""
         if "at" not in entry or "mono" not in entry:
             now = make_entry("", wall=time.time(), mono=time.monotonic())
             entry = {**now, **entry}
         return self._send(b"J", entry)
 
     def send_report(self, report: dict[str, Any]) -> bool:
-        """A crash report made by `report.build`."""
+        """A crash report made by `report.build`; of the watchdog only."""
         return self._send(b"R", report)
 
     def send_record(self, record: logging.LogRecord) -> bool:
@@ -193,7 +195,7 @@ class LogPipe:
     def _send(self, kind: bytes, body: dict[str, Any]) -> bool:
         unsaid = self._unsaid
         try:
-            os.write(self._fd, encode(kind, self._process, unsaid, body))
+            os.write(self._fd, encode(kind, unsaid, body))
         except (OSError, ValueError, TypeError, RecursionError):
             self._unsaid += 1
             self._dropped += 1
@@ -219,51 +221,73 @@ _plain = logging.Formatter()
 
 def main(child: _Child, settings: LogSettings) -> None:
     """Write what comes until a stop, then what is still queued."""
-    fd = child.held(settings.held)[0]
     duty = child.duty("write")
     writer = _Writer(settings)
-    poller = select.poll()
-    poller.register(fd, select.POLLIN)
+    pipes = _Pipes(dict(zip(child.held(settings.held), settings.senders, strict=True)), writer)
+    poller = pipes.poller
     poller.register(child.fileno(), select.POLLIN)
     child.ready()
     try:
-        open_end = True
-        while open_end and not child.stopping:
+        while pipes.open and not child.stopping:
             now = time.monotonic()
             wait = min(child.turn(now), writer.next_deadline(now))
             events = dict(poller.poll(max(0.0, wait) * 1000))
-            if fd in events:
+            if events.keys() - {child.fileno()}:
                 duty.waiting_since = time.monotonic()
-                count, open_end = _read_batch(fd, writer)
-                duty.done += count
+                duty.done += pipes.read()
                 duty.waiting_since = 0.0
-                time.sleep(_PAUSE)
             writer.expire(time.monotonic())
             if child.fileno() in events:
                 child.receive()
         deadline = time.monotonic() + _DRAIN_BUDGET
-        while open_end and time.monotonic() < deadline:
-            count, open_end = _read_batch(fd, writer)
-            if count == 0:
-                break
+        while pipes.read() and time.monotonic() < deadline:
             child.turn(time.monotonic())
     finally:
         writer.close()
 
 
-def _read_batch(fd: int, writer: _Writer) -> tuple[int, bool]:
-    """Read what is queued, at most a batch; (how many messages, whether senders are left)."""
-    for count in range(_BATCH):
-        try:
-            message = os.read(fd, MAX_MESSAGE + 1)
-        except BlockingIOError:
-            return count, True
-        except ConnectionError:
-            return count, False
-        if not message:
-            return count, False  # nobody holds the other end any more
-        writer.take(message)
-    return _BATCH, True
+class _Pipes:
+    """The ends that we read.  ``senders``: whose each of them is."""
+
+    def __init__(self, senders: dict[int, str], writer: _Writer) -> None:
+        self.poller = select.poll()
+        self._writer = writer
+        # The watchdog first; see `read`.
+        self.open = dict(sorted(senders.items(), key=lambda item: item[1] != WATCHDOG))
+        for fd in self.open:
+            self.poller.register(fd, select.POLLIN)
+
+    def read(self) -> int:
+        """Write what is queued, at most a batch of each; how many messages that was."""
+        # The watchdog's are read first and written last: by then what a child had said before it
+        # died has been read as well, whose tail goes into the report of its death.
+        read = [(process, self._take(fd)) for fd, process in list(self.open.items())]
+        for process, messages in reversed(read):
+            for message in messages:
+                self._writer.take(process, message)
+        return sum(len(messages) for _, messages in read)
+
+    def _take(self, fd: int) -> list[bytes]:
+        messages: list[bytes] = []
+        while len(messages) < _BATCH:
+            try:
+                message = os.read(fd, MAX_MESSAGE + 1)
+            except BlockingIOError:
+                break
+            except ConnectionError:
+                message = b""
+            if not message and self._has_ended(fd):
+                self.poller.unregister(fd)
+                del self.open[fd]
+                break
+            messages.append(message)
+        return messages
+
+    def _has_ended(self, fd: int) -> bool:
+        """Nobody holds the other end any more; else it was a message of no bytes."""
+        poller = select.poll()
+        poller.register(fd, 0)
+        return bool(poller.poll(0))
 
 
 class _Bucket:
@@ -321,12 +345,12 @@ class _Writer:
         self._missing = 0  # lines that are not in the log file
         self._missing_why = ""
 
-    def take(self, message: bytes) -> None:
-        """Write one message wherever it belongs; never raises."""
+    def take(self, process: str, message: bytes) -> None:
+        """Write one message of this process wherever it belongs; never raises."""
         try:
-            kind, process, dropped, body = decode(message)
+            kind, dropped, body = decode(message)
         except ValueError as error:
-            self._own_line(logging.ERROR, f"a message that cannot be read: {error}")
+            self._own_line(logging.ERROR, f"a message of {process} that cannot be read: {error}")
             return
         if dropped:
             self._own_line(
@@ -334,13 +358,13 @@ class _Writer:
             )
         if kind == b"L":
             self._take_record(process, body)
-        elif kind == b"J":
+        elif kind == b"J" and process == WATCHDOG:
             if not self._journal.append(body):
                 self._emergency(f"journal: {json.dumps(body, default=str)}")
-        elif kind == b"R":
+        elif kind == b"R" and process == WATCHDOG:
             self._take_report(body)
         else:
-            self._own_line(logging.ERROR, f"a message of unknown kind {kind!r} of {process}")
+            self._own_line(logging.ERROR, f"a message of {process} of kind {kind!r}")
 
     def next_deadline(self, now: float) -> float:
         """Seconds until `expire` has something to say."""
@@ -371,8 +395,6 @@ class _Writer:
 
     def _take_record(self, process: str, body: dict[str, Any]) -> None:
         now = time.monotonic()
-        if process not in self._buckets and len(self._buckets) >= _MAX_NAMES:
-            process = _OTHERS
         bucket = self._buckets.get(process)
         if bucket is None:
             bucket = _Bucket(self._settings.rate, self._settings.burst, now)

@@ -25,6 +25,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -34,7 +35,7 @@ from pkvpn.watchdog.child import ALL_SIGNALS, Birth
 from pkvpn.watchdog.held import GIVEN_FLOOR, HeldDescriptors, Kept
 from pkvpn.watchdog.incarnation import ChildEnds, Incarnation
 from pkvpn.watchdog.lifeline import FRAME_SIZE, CorruptLifeline, Kind, Order, Said
-from pkvpn.watchdog.logchild import LogPipe, LogSettings
+from pkvpn.watchdog.logchild import WATCHDOG, LogPipe, LogSettings
 from pkvpn.watchdog.logchild import main as log_main
 from pkvpn.watchdog.machine import ChildMachine, State
 from pkvpn.watchdog.spec import LOG_CHILD, ChildSpec, HeldSpec, TreeSpec, Upgrade
@@ -151,7 +152,7 @@ class Supervisor:
         """Bring the tree up, keep it up until a stop, and return the exit code."""
         if self._spec.upgrade is not None:
             self._archive = upgrade.copy_package(self._spec.upgrade.package)
-        self._open_log(*_log_channel())
+        self._open_log({name: _log_channel() for name in self._senders(self._spec)})
         try:
             for held in self._spec.held:
                 self._held.open(held)
@@ -187,7 +188,7 @@ class Supervisor:
                 self._held.adopt(held, table["held"][held.name])
             else:
                 self._held.open(held)
-        self._open_log(*table["log"])
+        self._open_log(table["log"])
         self._tree.adopt()
         for old in table["slots"]:
             self._adopt(self._slots[old["name"]], old, now)
@@ -218,10 +219,11 @@ class Supervisor:
             # Else all children are of this code already, which has never been left.
             self._rollover = Rollover([slot.machine for slot in self._slots.values()])
 
-    def _open_log(self, read: int, write: int) -> None:
-        self._log_write = write
-        self._log_pipe = LogPipe(write, "watchdog")
-        self._held.adopt(HeldSpec(LOG_CHILD, list), [read])
+    def _open_log(self, channels: dict[str, tuple[int, int]]) -> None:
+        """``channels``: of each sender, the end to read from and the one to write to."""
+        self._log_channels = channels
+        self._log_pipe = LogPipe(channels[WATCHDOG][1])
+        self._held.adopt(HeldSpec(LOG_CHILD, list), [read for read, _ in channels.values()])
         logging.getLogger().addHandler(self._log_pipe.handler())
 
     def _listen(self, listener: int) -> None:
@@ -404,7 +406,8 @@ class Supervisor:
         for slot in self._slots.values():
             slot.kept.close()
         self._held.close()
-        os.close(self._log_write)
+        for _, write in self._log_channels.values():
+            os.close(write)
         for name in ("control.sock", "pid"):
             with contextlib.suppress(OSError):
                 os.unlink(os.path.join(self._spec.runtime_dir, name))
@@ -727,7 +730,7 @@ class Supervisor:
             gifts=ends.gifts,
             stacks=ends.stacks,
             wake=ends.wake,
-            log=self._log_write,
+            log=self._log_channels[slot.name][1],
             lock=self._lock.fd,
             held={name: self._held.descriptors(name) for name in names},
             given={} if standby else slot.kept.descriptors,
@@ -1041,7 +1044,7 @@ class Supervisor:
             "started_at": self._started_at,
             "archive": archive,
             "lock": self._lock.fd,
-            "log": [self._held.descriptors(LOG_CHILD)[0], self._log_write],
+            "log": self._log_channels,
             "control": self._control_fd,
             "held": {
                 name: self._held.descriptors(name)
@@ -1063,7 +1066,8 @@ class Supervisor:
 
     def _descriptors(self) -> set[int]:
         """All that the next image must find open."""
-        found = {self._lock.fd, self._log_write, self._control_fd, self._archive, self._previous}
+        found = {self._lock.fd, self._control_fd, self._archive, self._previous}
+        found.update(write for _, write in self._log_channels.values())
         for name in self._held.counts():
             found.update(self._held.descriptors(name))
         for slot in self._slots.values():
@@ -1168,11 +1172,19 @@ class Supervisor:
         return self._more_status() if self._more_status is not None else {}
 
     @staticmethod
+    def _senders(spec: TreeSpec) -> tuple[str, ...]:
+        """Whoever logs."""
+        return (WATCHDOG, LOG_CHILD, *(child.name for child in spec.children))
+
+    @staticmethod
     def _all_children(spec: TreeSpec) -> list[ChildSpec]:
         log = ChildSpec(
             LOG_CHILD,
             log_main,
-            settings=spec.log or LogSettings(state_dir=spec.state_dir),
+            settings=replace(
+                spec.log or LogSettings(state_dir=spec.state_dir),
+                senders=Supervisor._senders(spec),
+            ),
             duties=("write",),
             stop_timeout=2.0,
         )

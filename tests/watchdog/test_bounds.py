@@ -71,7 +71,7 @@ def test_a_child_has_the_descriptors_that_its_spec_names_and_no_others(tmp_path:
 def test_what_is_held_is_the_same_thing_in_each_incarnation(tmp_path: Path) -> None:
     spec = spec_in(tmp_path, child("one", held=("mine",)), held=(memory("mine"),))
     with running(tmp_path, spec) as tree:
-        assert tree.status()["watchdog"]["held"] == {"mine": 1, "log": 1}
+        assert tree.status()["watchdog"]["held"] == {"mine": 1, "log": 3}
         before = _memory_of(tree.pid_of("one"))
         tree.signal(signal.SIGKILL, "one")
         tree.up("one", after=0)
