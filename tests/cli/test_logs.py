@@ -66,10 +66,6 @@ def test_a_message_stays_one_harmless_line(kind: str, stream: TextIO | None) -> 
     assert r"user \x1b[2J\nWARNING core: forged\r" in text
 
 
-def test_the_name_of_a_child_forges_no_line_either() -> None:
-    assert r"x\nWARNING core: it works" in line("plain", None, child="x\nWARNING core")
-
-
 def test_json_is_one_object_a_line() -> None:
     entry = json.loads(line("json", Terminal(), "a\nb"))
 
