@@ -22,6 +22,7 @@ On the wire a message is 1 byte kind, then its fields, all numbers big endian:
     l  u16 count, then that many u64, connections, at least one
     n  a u64 for each `EdgeDrop`, in their order
     q  a u64 for each `Refusal`, in their order
+    p  u16 count, then that many pairs of u64, a connection and a number
     r  the rest of the message
 
 A message of the wrong direction, an unknown kind, a byte too many or too few is an error; who
@@ -29,6 +30,7 @@ receives it decides what the other end is worth.
 """
 
 import enum
+import itertools
 import math
 import struct
 from collections.abc import Callable
@@ -36,9 +38,10 @@ from typing import Any, NamedTuple
 
 Bytes = bytes | bytearray | memoryview
 
-# Said in Hello and in Adopted.  Edge and core are started from one image, so a difference means
-# that an upgrade has replaced only one of them so far.
-VERSION = 2
+# Said in Hello and in Adopted, which stay as they are in every version.  Edge and core are started
+# from one image, so a difference means that an upgrade has replaced only one of them so far: until
+# the other is replaced too, neither heeds what the other says, and known flows go on.
+VERSION = 3
 
 # No message is longer.
 MAX_MESSAGE = 65536
@@ -52,6 +55,9 @@ MAX_BLOB = 2048
 
 # The longest reply of a State.
 MAX_REPLY = 61440
+
+# The most connections in a Present.
+MAX_PRESENT = (MAX_MESSAGE - 3) // 16
 
 # How many connection ids an edge can make that says one time of its start.
 CONNS_PER_START = 1 << 20
@@ -244,6 +250,22 @@ def _numbers_field(count: int) -> tuple[Callable[[Any], bytes], Callable[..., An
     return write, read
 
 
+def _write_pairs(pairs: tuple[tuple[int, int], ...]) -> bytes:
+    numbers = list(itertools.chain.from_iterable(pairs))
+    if NOBODY in numbers[::2]:
+        raise ChannelError("connection 0 is nobody")
+    return U16.pack(len(pairs)) + struct.pack(f"!{len(numbers)}Q", *numbers)
+
+
+def _read_pairs(data: bytes, at: int) -> tuple[tuple[tuple[int, int], ...], int]:
+    (count,) = U16.unpack_from(data, at)
+    numbers = struct.unpack_from(f"!{2 * count}Q", data, at + 2)
+    conns = numbers[::2]
+    if NOBODY in conns:
+        raise ChannelError("connection 0 is nobody")
+    return tuple(zip(conns, numbers[1::2], strict=True)), at + 2 + 16 * count
+
+
 def _read_rest(data: bytes, at: int) -> tuple[bytes, int]:
     return data[at:], len(data)
 
@@ -261,6 +283,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], Bytes], Callable[[bytes, int], tuple[An
     "l": (_write_conns, _read_conns),
     "n": _numbers_field(len(EdgeDrop)),
     "q": _numbers_field(len(Refusal)),
+    "p": (_write_pairs, _read_pairs),
     "r": (lambda value: value, _read_rest),
 }
 
@@ -307,14 +330,26 @@ class Replay(NamedTuple):
     blob: bytes  # of that State, as it came
 
 
+class Present(NamedTuple):
+    """Instead of Replays, to a core that has heard them from a predecessor: who is there.
+
+    Whoever it does not name is gone.
+    """
+
+    pairs: tuple[tuple[int, int], ...]  # connection, number of the last State applied
+
+
 class Replayed(NamedTuple):
-    """The end of the Replays for the Hello of this epoch."""
+    """The end of the Replays for the Hello of this epoch, or of what is Present."""
 
     epoch: int
 
 
 class Adopted(NamedTuple):
-    """The first word of an edge; the core answers Hello and sends its flows again."""
+    """The first word of an edge; the core answers Hello and sends its flows again.
+
+    Also the answer to the Hello of a core that speaks another version.
+    """
 
     version: int
 
@@ -355,7 +390,7 @@ class Frames(NamedTuple):
 
 
 class Hello(NamedTuple):
-    """A core serves; the edge answers with its Replays and Replayed(epoch)."""
+    """A core serves; the edge answers with its Replays, or Present, and Replayed(epoch)."""
 
     version: int
     epoch: int
@@ -397,7 +432,17 @@ class FramesOut(NamedTuple):
 
 
 FromEdge = (
-    Opened | Request | Closed | Replay | Replayed | Adopted | Counts | FlowSeen | Frames | Totals
+    Opened
+    | Request
+    | Closed
+    | Replay
+    | Present
+    | Replayed
+    | Adopted
+    | Counts
+    | FlowSeen
+    | Frames
+    | Totals
 )
 FromCore = Hello | State | Flow | Unflow | FramesOut
 
@@ -413,6 +458,7 @@ _FROM_EDGE: _Kinds = {
     8: (FlowSeen, "ck"),
     9: (Frames, "cr"),
     10: (Totals, "nq"),
+    11: (Present, "p"),
 }
 _FROM_CORE: _Kinds = {
     17: (Hello, "vu"),

@@ -28,6 +28,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "l": st.lists(CONN, min_size=1, max_size=5).map(tuple),
     "n": st.tuples(*[U64] * len(channel.EdgeDrop)),
     "q": st.tuples(*[U64] * len(channel.Refusal)),
+    "p": st.lists(st.tuples(CONN, U64), max_size=5).map(tuple),
     "r": st.binary(max_size=200),
 }
 FROM_EDGE = channel._FROM_EDGE
@@ -127,6 +128,7 @@ def test_kinds_are_not_used_twice() -> None:
         channel.Opened(1, "\ud800", "", ""),
         channel.Flow(1, b"short", 2),
         channel.Flow(1, bytes(12), 0),
+        channel.Present(((1, 1), (0, 1))),
         channel.FramesOut((), b""),
         channel.FramesOut((1, 0), b""),
         channel.Request(1, 1, bytes(channel.MAX_REQUEST + 1)),

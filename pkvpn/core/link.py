@@ -40,6 +40,7 @@ class Link:
         self._backlog_size = 0
         self.lost = False  # the backlog was thrown away
         self.totals: Totals | None = None  # the last that it told
+        self.heeded = True  # it speaks our version
         # The edge has told all it has since its last Hello.
         self.replayed = False
         self.replayed_at = 0.0

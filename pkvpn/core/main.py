@@ -32,6 +32,7 @@ from pkvpn.channel import (
     Frames,
     Mode,
     Opened,
+    Present,
     Refusal,
     Replay,
     Replayed,
@@ -278,10 +279,13 @@ class Core:
         try:
             message = channel.decode_from_edge(data)
         except ChannelError as error:
-            _log.error("edge-%d said what is no message: %s", link.index, error)
+            if link.heeded:
+                _log.error("edge-%d said what is no message: %s", link.index, error)
+            return
+        if not link.heeded and not isinstance(message, Adopted):
             return
         if (
-            not isinstance(message, Replayed | Adopted | Totals)
+            not isinstance(message, Replayed | Adopted | Present | Totals)
             and channel.edge_of(message.conn) != link.index
         ):
             # Edges read what strangers send: one that was taken over must not reach further.
@@ -309,13 +313,24 @@ class Core:
                 self._forget(conn, why, now)
             case Replay():
                 self._hear_replay(link, message, now)
+            case Present(pairs):
+                for conn, number in pairs:
+                    self._hear_present(link, conn, number)
             case Replayed(epoch):
                 if epoch == self._epoch:
                     self._end_replay(link, now)
             case Adopted(version):
-                if version != channel.VERSION:
-                    _log.warning("edge-%d speaks version %d of the channel", link.index, version)
-                link.greet(self._epoch)
+                link.heeded = version == channel.VERSION
+                if link.heeded:
+                    link.greet(self._epoch)
+                else:
+                    _log.error(
+                        "edge-%d speaks version %d of the channel, this core %d: neither heeds the"
+                        " other until both are of one version",
+                        link.index,
+                        version,
+                        channel.VERSION,
+                    )
 
     # --- requests
 
@@ -479,12 +494,22 @@ class Core:
 
     # --- what there was before us
 
+    def _hear_present(self, link: Link, conn: int, number: int) -> None:
+        """A connection that this core has heard of before, from an edge that is gone."""
+        link.present.add(conn)
+        connection = self._connections.get(conn)
+        if (
+            connection is not None
+            and connection.link is link
+            and connection.answer is not None
+            and connection.number > number
+        ):
+            link.send(connection.answer)
+
     def _hear_replay(self, link: Link, replay: Replay, now: float) -> None:
-        link.present.add(replay.conn)
+        self._hear_present(link, replay.conn, replay.number)
         connection = self._connections.get(replay.conn)
         if connection is not None and connection.number >= replay.number:
-            if connection.answer is not None and connection.number > replay.number:
-                link.send(connection.answer)
             return
         if connection is not None:
             # An edge knows better than what an older replay in the queue said.

@@ -8,17 +8,24 @@ writes some ninety bytes and one more, a change of keys or of state writes a col
 
 The memory, all numbers in the machine's own order since it never leaves the machine:
 
-    header    4096  8 magic, u32 slots, u32 size of a receive ring, u32 of a send ring
+    header    4096  8 magic, u32 version, u32 slots, u32 size of a receive ring, u32 of a send ring
               64:   the poison mark: u64 connection, u64 position
               80:   the mark at which a predecessor died, the same two
+              96:   u64 epoch of the core that has been told of all connections
               128:  what was dropped and refused in all, per `EdgeDrop` and `Refusal`
     switches  for each slot u8: 0 free, else 1 + the hot copy in force; then for each slot
-              u8 dirty: something may lie in its rings; filled up to a whole page
+              u8 dirty: something may lie in its rings; then for each slot
+              u8 busy: frames have passed lately; filled up to a whole page
+    directory for each slot u64 connection, u64 number of the last State; filled up likewise
     slots     SLOT_SIZE each
     rings     for each slot its receive ring, then its send ring
 
-The switches stand together so that a successor finds the few slots that are used without touching
-the pages of the others: memory that nobody has touched does not exist.
+Switches and directory stand together so that a successor learns who is there, and who cannot wait,
+without touching the slots: thousands of idle ones cost it a millisecond.  Memory that nobody has
+touched does not exist.
+
+The known flows of a connection lie in its slot too, so that its frames need no core after a death
+of the edge, whatever has become of the core meanwhile.
 
 Nothing here trusts what it reads: a slot that makes no sense raises CheckpointError, and costs one
 connection.
@@ -26,37 +33,50 @@ connection.
 
 import re
 import struct
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from pkvpn.channel import MAX_BLOB, EdgeDrop, Mode, Refusal
 from pkvpn.edge.rings import Ring
 
 MAGIC = b"pkvpn ck"
+# To be changed with every change of what is written here: an upgrade meets memory of the old code.
+VERSION = 1
 HEADER_SIZE = 4096
-SLOT_SIZE = 8192
+SLOT_SIZE = 32768
 
-_USED = re.compile(rb"[^\0]")
+_IN_USE = re.compile(rb"[^\0]")
 
-_HEADER = struct.Struct("=8sIII")
+_HEADER = struct.Struct("=8sIIII")
 _MARK = struct.Struct("=QQ")
 _MARK_AT = 64
 _DIED_AT = 80
+_EPOCH = struct.Struct("=Q")
+_EPOCH_AT = 96
+_ENTRY = struct.Struct("=QQ")
+_ENTRY_NUMBER = struct.Struct("=Q")
 _TOTALS = struct.Struct(f"={len(EdgeDrop) + len(Refusal)}Q")
 _TOTALS_AT = 128
 
 # A slot:
 #   0         identity, written once before the switch leaves 0
 #   512       what was counted, without a switch: wrong numbers in it harm nobody
+#   632       how many places of flows have ever been used
 #   640       two hot copies
 #   1024      two cold copies
-_IDENTITY_AT, _COUNTS_AT, _HOT_AT, _COLD_AT = 0, 512, 640, 1024
+#   8192      flows: for each place u8 whether it is used; then for each 12 key, u64 connection
+_IDENTITY_AT, _COUNTS_AT, _USED_AT, _HOT_AT, _COLD_AT, _FLOWS_AT = 0, 512, 632, 640, 1024, 8192
 _HOT_SIZE, _COLD_SIZE = 128, 3072
+# As many as a core teaches for one connection.
+SAVED_FLOWS = 1024
 _TEXT = 128
 # conn, SO_COOKIE, when it was accepted, number of the suite, peer, local, tls
 _IDENTITY = struct.Struct(f"=QQdH{_TEXT}p{_TEXT}p{_TEXT}p")
 _HOT = struct.Struct("=QQQIIQQQB")
 # Frames in, bytes in, frames out, bytes out; frames dropped per `EdgeDrop`.
 _COUNTS = struct.Struct(f"={4 + len(EdgeDrop)}Q")
+_USED = struct.Struct("=I")
+_FLOW = struct.Struct("=12sQ")
 # read secret, write secret, number, mode, T, why it is closed, blob
 _COLD = struct.Struct(f"=49p49pQBd{_TEXT * 2 - 1}pH{MAX_BLOB}s")
 
@@ -102,6 +122,70 @@ class Cold(NamedTuple):
     blob: bytes
 
 
+class SavedFlows:
+    """The known flows of one connection: key -> connection, each whole or absent."""
+
+    __slots__ = ("_at", "_free", "_memory", "_places", "_used", "_used_at")
+
+    def __init__(self, memory: memoryview, slot_at: int) -> None:
+        self._memory = memory
+        self._at = slot_at + _FLOWS_AT
+        self._used_at = slot_at + _USED_AT
+        self._places: dict[bytes, tuple[int, int]] = {}  # key -> place, connection
+        self._free: list[int] = []
+        self._used = 0
+
+    def put(self, key: bytes, to_conn: int) -> None:
+        """Keep it, if there is a place; what is not kept is taught again by the core."""
+        known = self._places.get(key)
+        if known is not None:
+            if known[1] == to_conn:
+                return
+            place = known[0]
+            self._memory[self._at + place] = 0
+        elif self._free:
+            place = self._free.pop()
+        elif self._used < SAVED_FLOWS:
+            place, self._used = self._used, self._used + 1
+            _USED.pack_into(self._memory, self._used_at, self._used)
+        else:
+            return
+        _FLOW.pack_into(self._memory, self._flow_at(place), key, to_conn)
+        self._memory[self._at + place] = 1
+        self._places[key] = place, to_conn
+
+    def remove(self, key: bytes) -> None:
+        known = self._places.pop(key, None)
+        if known is not None:
+            self._memory[self._at + known[0]] = 0
+            self._free.append(known[0])
+
+    def load(self) -> list[tuple[bytes, int]]:
+        """What a predecessor kept."""
+        (used,) = _USED.unpack_from(self._memory, self._used_at)
+        self._used = min(used, SAVED_FLOWS)
+        for place, valid in enumerate(bytes(self._memory[self._at : self._at + self._used])):
+            key, to_conn = _FLOW.unpack_from(self._memory, self._flow_at(place))
+            if valid and key not in self._places:
+                self._places[key] = place, to_conn
+            else:
+                self._free.append(place)
+        return [(key, to_conn) for key, (_, to_conn) in self._places.items()]
+
+    def clear(self) -> None:
+        """Forget all that there may be."""
+        (used,) = _USED.unpack_from(self._memory, self._used_at)
+        used = min(used, SAVED_FLOWS)
+        self._memory[self._at : self._at + used] = bytes(used)
+        _USED.pack_into(self._memory, self._used_at, 0)
+        self._places.clear()
+        self._free.clear()
+        self._used = 0
+
+    def _flow_at(self, place: int) -> int:
+        return self._at + SAVED_FLOWS + place * _FLOW.size
+
+
 class Slot:
     """One connection's place.
 
@@ -110,11 +194,15 @@ class Slot:
 
     __slots__ = (
         "_at",
+        "_busy",
         "_cold",
         "_dirty",
+        "_entry_at",
         "_hot",
         "_memory",
         "_next_cold",
+        "_number",
+        "flows",
         "index",
         "rx_memory",
         "tx_memory",
@@ -122,14 +210,18 @@ class Slot:
 
     def __init__(self, memory: memoryview, index: int) -> None:
         """Slot ``index`` of this memory, whose header is one of ours."""
-        _, slots, _, tx_size = _HEADER.unpack_from(memory, 0)
+        _, _, slots, _, tx_size = _HEADER.unpack_from(memory, 0)
         self._memory = memory
         self._at = _slots_at(slots) + index * SLOT_SIZE
+        self._entry_at = _directory_at(slots) + index * _ENTRY.size
         self._dirty = HEADER_SIZE + slots + index
+        self._busy = self._dirty + slots
         # The copies in force, and the cold one that the next `save` puts in force.
         self._hot = 0
         self._cold = 0
         self._next_cold = 0
+        self._number = 0  # in the cold copy that was written last
+        self.flows = SavedFlows(memory, self._at)
         self.index = index
         rx, tx = self.rings_at()
         self.rx_memory = memory[rx:tx]
@@ -144,7 +236,9 @@ class Slot:
             *identity[:4],
             *(text.encode()[: _TEXT - 1] for text in identity[4:]),
         )
+        _ENTRY.pack_into(self._memory, self._entry_at, identity.conn, 0)
         self._memory[self._dirty] = 1
+        self._memory[self._busy] = 0
         self.save_counts(*bytes(4 + len(EdgeDrop)))
         self.save_cold(cold)
         self.save(hot)
@@ -165,6 +259,7 @@ class Slot:
             cold.blob,
         )
         self._next_cold = other
+        self._number = cold.number
 
     def save(self, hot: tuple[int, int, int, int, int, int, int, int]) -> None:
         """Put all of it in force, in the one write of the switch."""
@@ -172,6 +267,9 @@ class Slot:
         at = self._at
         _HOT.pack_into(self._memory, at + _HOT_AT + other * _HOT_SIZE, *hot, self._next_cold)
         self._memory[HEADER_SIZE + self.index] = 1 + other
+        if self._cold != self._next_cold:
+            # Killed right here, it says a number too low: then the core says that State again.
+            _ENTRY_NUMBER.pack_into(self._memory, self._entry_at + 8, self._number)
         self._hot, self._cold = other, self._next_cold
 
     def set_dirty(self, dirty: bool) -> None:
@@ -181,6 +279,10 @@ class Slot:
     @property
     def dirty(self) -> bool:
         return bool(self._memory[self._dirty])
+
+    def set_busy(self, busy: bool) -> None:
+        """Whether it is likely that its client says something in the next moment."""
+        self._memory[self._busy] = busy
 
     @property
     def used(self) -> bool:
@@ -240,7 +342,7 @@ class Slot:
 
     def rings_at(self) -> tuple[int, int]:
         """Where in the memory the receive ring and the send ring begin."""
-        _, slots, rx_size, tx_size = _HEADER.unpack_from(self._memory, 0)
+        _, _, slots, rx_size, tx_size = _HEADER.unpack_from(self._memory, 0)
         at = _rings_at(slots) + self.index * (rx_size + tx_size)
         return at, at + rx_size
 
@@ -248,6 +350,7 @@ class Slot:
         """Make it free; nothing in it counts from now on."""
         at = self._at
         self._memory[HEADER_SIZE + self.index] = 0
+        self.flows.clear()
         # The keys of a connection go with it.
         self._memory[at + _COLD_AT : at + _COLD_AT + 2 * _COLD_SIZE] = bytes(2 * _COLD_SIZE)
         self._hot = self._cold = self._next_cold = 0
@@ -260,12 +363,15 @@ class Checkpoint:
         """Use memory that has been made by `make`.  Raises CheckpointError."""
         if len(memory) < HEADER_SIZE:
             raise CheckpointError(f"checkpoint memory of {len(memory)} bytes")
-        magic, slots, rx_size, tx_size = _HEADER.unpack_from(memory, 0)
+        magic, version, slots, rx_size, tx_size = _HEADER.unpack_from(memory, 0)
         if magic != MAGIC:
             raise CheckpointError("this memory holds no checkpoint")
+        if version != VERSION:
+            raise CheckpointError(f"a checkpoint of version {version}, this edge knows {VERSION}")
         if len(memory) < checkpoint_size(slots, rx_size, tx_size):
             raise CheckpointError(f"{len(memory)} bytes are too few for {slots} slots")
         self._memory = memory
+        self._slots = slots
         self.rx_size = rx_size
         # As a predecessor left them.  Looked through from one free place to the next: a list of
         # all of them costs a new edge more than anything else that it does.
@@ -276,7 +382,7 @@ class Checkpoint:
     @classmethod
     def make(cls, memory: memoryview, slots: int, rx_size: int, tx_size: int) -> "Checkpoint":
         """Use fresh memory, all zeros, of `checkpoint_size` bytes."""
-        _HEADER.pack_into(memory, 0, MAGIC, slots, rx_size, tx_size)
+        _HEADER.pack_into(memory, 0, MAGIC, VERSION, slots, rx_size, tx_size)
         return cls(memory)
 
     def take(self) -> Slot | None:
@@ -294,11 +400,49 @@ class Checkpoint:
         slot.clear()
         self._given_back.append(slot.index)
 
-    def left(self) -> list[Slot]:
-        """The slots that a predecessor left, those first in which something waits."""
-        used = [match.start() for match in _USED.finditer(self._switches)]
-        slots = [Slot(self._memory, index) for index in used]
-        return sorted(slots, key=lambda slot: not slot.dirty)
+    def slot(self, index: int) -> Slot:
+        """One of those that `left` names."""
+        return Slot(self._memory, index)
+
+    def left(self) -> tuple[dict[int, int], list[int]]:
+        """What a predecessor left, to be called once: connection -> slot, and those connections
+        that cannot wait: first the ones in whose rings something may lie, then the busy ones."""
+        slots = self._slots
+        flags = bytes(self._memory[HEADER_SIZE + slots : HEADER_SIZE + 3 * slots])
+        left: dict[int, int] = {}
+        dirty, busy = [], []
+        for index, conn, _ in self._entries(self._switches):
+            if not conn or conn in left:
+                self.give_back(Slot(self._memory, index))
+                continue
+            left[conn] = index
+            if flags[index]:
+                dirty.append(conn)
+            elif flags[slots + index]:
+                busy.append(conn)
+        return left, dirty + busy
+
+    def directory(self) -> list[tuple[int, int]]:
+        """All connections there are, each with the number of its last State."""
+        switches = bytes(self._memory[HEADER_SIZE : HEADER_SIZE + self._slots])
+        return [(conn, number) for _, conn, number in self._entries(switches)]
+
+    def _entries(self, switches: bytes) -> Iterator[tuple[int, int, int]]:
+        """Of the directory: slot, connection, number."""
+        at = _directory_at(self._slots)
+        for match in _IN_USE.finditer(switches):
+            index = match.start()
+            conn, number = _ENTRY.unpack_from(self._memory, at + index * _ENTRY.size)
+            yield index, conn, number
+
+    @property
+    def epoch(self) -> int:
+        """Of the core that knows of all connections here with their numbers; 0: none does."""
+        return int(_EPOCH.unpack_from(self._memory, _EPOCH_AT)[0])
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        _EPOCH.pack_into(self._memory, _EPOCH_AT, epoch)
 
     def mark(self, conn: int, position: int) -> None:
         """Say what is worked on now; 0 and 0: nothing."""
@@ -323,8 +467,12 @@ class Checkpoint:
         return mark[0] if mark[0] and mark == died else 0
 
 
+def _directory_at(slots: int) -> int:
+    return (HEADER_SIZE + 3 * slots + 4095) // 4096 * 4096
+
+
 def _slots_at(slots: int) -> int:
-    return (HEADER_SIZE + 2 * slots + 4095) // 4096 * 4096
+    return (_directory_at(slots) + slots * _ENTRY.size + 4095) // 4096 * 4096
 
 
 def _rings_at(slots: int) -> int:
@@ -336,10 +484,20 @@ def checkpoint_size(slots: int, rx_size: int, tx_size: int) -> int:
     return _rings_at(slots) + slots * (rx_size + tx_size)
 
 
+def slots_that_fit(size: int, rx_size: int, tx_size: int) -> int:
+    """How many slots memory of this size has room for."""
+    slots = size // (SLOT_SIZE + rx_size + tx_size)
+    while slots and checkpoint_size(slots, rx_size, tx_size) > size:
+        slots -= 1
+    return slots
+
+
 assert _TOTALS_AT + _TOTALS.size <= HEADER_SIZE
 assert _IDENTITY_AT + _IDENTITY.size <= _COUNTS_AT
-assert _COUNTS_AT + _COUNTS.size <= _HOT_AT
+assert _COUNTS_AT + _COUNTS.size <= _USED_AT
+assert _USED_AT + _USED.size <= _HOT_AT
 assert _HOT.size <= _HOT_SIZE
 assert _HOT_AT + 2 * _HOT_SIZE <= _COLD_AT
 assert _COLD.size <= _COLD_SIZE
-assert _COLD_AT + 2 * _COLD_SIZE <= SLOT_SIZE
+assert _COLD_AT + 2 * _COLD_SIZE <= _FLOWS_AT
+assert _FLOWS_AT + SAVED_FLOWS * (1 + _FLOW.size) <= SLOT_SIZE

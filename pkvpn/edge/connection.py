@@ -95,6 +95,14 @@ class BrokenProtocol(ConnectionEnds):
     """By what the client sent, which no client of ours would have."""
 
 
+class Target(Protocol):
+    """Where frames can be delivered to."""
+
+    def deliver(
+        self, buffer: memoryview, start: int, end: int, frames: int, octets: int, now: float
+    ) -> None: ...
+
+
 class Records(Protocol):
     """How the bytes of the rings and plain text become each other."""
 
@@ -388,7 +396,7 @@ class Connection:
         tx: Ring,
         *,
         turn: Turn,
-        flows: "dict[bytes, Connection]",
+        flows: dict[bytes, Target],
         slot: Slot | None,
         login_bytes: int,
         now: float,
@@ -489,7 +497,7 @@ class Connection:
         sent: int,
         *,
         turn: Turn,
-        flows: "Callable[[int], dict[bytes, Connection]]",
+        flows: Callable[[int], dict[bytes, Target]],
         login_bytes: int,
         now: float,
     ) -> "Connection":
@@ -612,10 +620,10 @@ class Connection:
         wanted = self.mode in _RECEIVING
         begin = at
         # The run that is not handed on yet, and what is in it.
-        target: Connection | None = None
+        target: Target | None = None
         start = stop = frames = octets = 0
         # Earlier runs, copied because their place in scratch may be written over.
-        parts: dict[Connection, list[tuple[bytes, int, int]]] = {}
+        parts: dict[Target, list[tuple[bytes, int, int]]] = {}
 
         while end - at >= 4:
             (size,) = read_u32(scratch, at)
@@ -690,7 +698,7 @@ class Connection:
         end: int,
         left: int,
         head: bytes,
-        destination: "Connection | None",
+        destination: Target | None,
     ) -> tuple[int, int]:
         """Step over the whole blocks of this batch that go where the one at ``at`` goes.
 

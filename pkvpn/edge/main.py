@@ -5,6 +5,11 @@ parts, and at its end writes each connection that has something to send once.  C
 the core come before its frames, both before the clients.  Whatever goes wrong with one connection
 ends that one.
 
+What grows with the number of connections is a *chore*, done in slices of a millisecond between
+the turns: looking after each of them some times a second, telling a new core of all, and adopting
+what a predecessor left.  Of that, connections with something to do come first; the others *sleep*
+in their slots until a frame, an event or the core wakes them, or the chore comes to them.
+
 Everything is imported here, before the fork: a new edge costs a fork and not an import.
 """
 
@@ -19,6 +24,7 @@ import select
 import socket
 import time
 from collections import Counter, deque
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +32,21 @@ from typing import Any
 from pkvpn import channel
 from pkvpn.channel import ChannelError, EdgeDrop, Mode, Refusal
 from pkvpn.edge import certificate, kernel
-from pkvpn.edge.checkpoint import Checkpoint, CheckpointError, Identity, Slot, checkpoint_size
+from pkvpn.edge.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    Identity,
+    Slot,
+    checkpoint_size,
+    slots_that_fit,
+)
 from pkvpn.edge.connection import (
     BrokenProtocol,
     Connection,
     ConnectionEnds,
     OwnRecords,
     Records,
+    Target,
     Turn,
     scratch_size,
 )
@@ -71,6 +85,10 @@ _HANDSHAKES_PER_TURN = 8
 # Messages of the core in one turn.
 _CONTROL_PER_TURN = 256
 _FRAMES_PER_TURN = 64
+# So long a turn may hear the core's messages (one that wakes a sleeper takes a tenth of that), and
+# so long it may do chores: frames wait for both.
+_CONTROL_TIME = 0.001
+_CHORES_TIME = 0.001
 
 # Where all places are taken, a connection that is not in the data phase after so long makes room
 # for a new one: else whoever holds them open keeps everybody out, the canary too, whose failure
@@ -113,6 +131,25 @@ class EdgeSettings:
     # Whole pages; a receive ring holds more than the longest request.
     receive_ring: int = 262144
     send_ring: int = 524288
+
+
+# Some work of many small steps; what a step yields: it cannot go on before the core has read.
+Chore = Generator[bool, None, None]
+
+
+class Sleeper:
+    """Where frames go for a connection that nobody has woken yet."""
+
+    __slots__ = ("_conn", "_edge")
+
+    def __init__(self, edge: "Edge", conn: int) -> None:
+        self._edge = edge
+        self._conn = conn
+
+    def deliver(
+        self, buffer: memoryview, start: int, end: int, frames: int, octets: int, now: float
+    ) -> None:
+        self._edge.deliver(self._conn, buffer, start, end, frames, octets, now)
 
 
 class Peer:
@@ -166,7 +203,7 @@ class Peer:
     @property
     def key(self) -> bytes:
         """Under which the watchdog has it."""
-        return self.conn.to_bytes(8, "big")
+        return _key(self.conn)
 
 
 def main(child: Child, settings: EdgeSettings) -> None:
@@ -179,7 +216,7 @@ def main(child: Child, settings: EdgeSettings) -> None:
     edge = Edge(child, settings, tls)
     try:
         # Who is here already does not wait for what only new clients need.
-        edge.adopt_all()
+        edge.adopt()
         edge.turn(0.0)
         if not tls.loaded:
             load_certificate(child, settings, tls)
@@ -230,9 +267,18 @@ class Edge:
         drops, refusals = self._checkpoint.load_totals()
         self._turn.drops.update(dict(zip(EdgeDrop, drops, strict=True)))
         self._turn.refusals.update(dict(zip(Refusal, refusals, strict=True)))
-        self._flows: Flows[Connection] = Flows()
+        self._flows: Flows[Target] = Flows()
         self._peers: dict[int, Peer] = {}  # by connection
         self._by_fd: dict[int, Peer] = {}
+        # Of a predecessor, not adopted yet: connection -> slot, descriptor -> connection (if an
+        # event of it would be seen), and what the watchdog has given us that nobody has taken.
+        self._sleeping: dict[int, int] = {}
+        self._asleep_at: dict[int, int] = {}
+        self._given: dict[bytes, int] = {}
+        self._poisoned = 0
+        self._chores: deque[Chore] = deque()
+        self._chores_wait = False  # all of them, for the core
+        self._sweeping = False
         self._per_address: dict[str, int] = {}
         # Accepted, without a place: the socket, whose it is, until when it may wait.
         self._waiting: deque[tuple[socket.socket, tuple[Any, ...], float]] = deque()
@@ -246,6 +292,10 @@ class Edge:
         self._counted: dict[int, tuple[int, int, int, int, tuple[int, ...]]] = {}
         self._totals_told: channel.Totals | None = None
         self._epoch = 0
+        self._greetings = 0
+        self._told_all = 0  # the epoch of a core that knows all when it has read the backlog
+        self._heeds_core = True  # it speaks our version
+        self._inherits = True  # flows of a predecessor still count
         self._old_flows_end = 0.0  # when flows of other epochs end; 0.0: there are none
         self._core_read_at = self.now
         self._crowded_until = 0.0
@@ -310,87 +360,165 @@ class Edge:
             # Its own sizes count: connections of before another setting are in it.
             return Checkpoint(memoryview(memory))
         except CheckpointError as error:
-            if size < checkpoint_size(*sizes):
-                raise SystemExit(f"checkpoint memory of no use: {error}") from None
-            _log.warning("checkpoint memory starts anew: %s", error)
+            _log.error("all connections are lost, their clients log in again: %s", error)
             memory.madvise(mmap.MADV_REMOVE)
-            return Checkpoint.make(memoryview(memory), *sizes)
+            # It cannot grow.
+            slots = min(places, slots_that_fit(size, *sizes[1:]))
+            return Checkpoint.make(memoryview(memory), slots, *sizes[1:])
 
-    def adopt_all(self) -> None:
-        """Go on with what predecessors left; what cannot be gone on with is closed."""
-        poisoned = self._checkpoint.poisoned()
-        given = dict(self.child.given())
-        for slot in self._checkpoint.left():
-            self._adopt(slot, given, poisoned)
-        for key, fd in given.items():
-            # No slot tells of it: it died in its handshake, or its slot made no sense.
+    def adopt(self) -> None:
+        """Go on with what predecessors left: at once where something waits, soon with the rest."""
+        self._poisoned = self._checkpoint.poisoned()
+        self._given = dict(self.child.given())
+        self._sleeping, first = self._checkpoint.left()
+        self._say(channel.Adopted(channel.VERSION))
+        self._chores.append(self._adopt_all(first))
+        self._do_chores()
+
+    def _adopt_all(self, first: list[int]) -> Chore:
+        began, found = time.monotonic(), len(self._sleeping)
+        for conn in first:
+            self._go_on(self._wake(conn))
+            yield False
+        # From here on an event wakes its connection.
+        for conn in list(self._sleeping):
+            fd = self._given.get(_key(conn), -1)
+            if conn in self._sleeping and fd >= 0:
+                self._epoll.register(fd, select.EPOLLIN)
+                self._asleep_at[fd] = conn
+                yield False
+        for conn in list(self._sleeping):
+            self._find(conn)
+            yield False
+        # No slot tells of the others: they died in their handshakes, or their slots made no sense.
+        for key, fd in self._given.items():
             socket.socket(fileno=fd).close()
             self._drop(key)
-        if self._peers:
-            _log.info("adopted %d connections", len(self._peers))
-        self._say(channel.Adopted(channel.VERSION))
-        for peer in list(self._peers.values()):
-            # A record that lies in the ring already raises no event.
-            self._work(peer)
-            self._flush(peer)
+            yield False
+        self._given.clear()
+        if found:
+            spent = time.monotonic() - began
+            _log.info("adopted %d connections, %d at once, in %.3f s", found, len(first), spent)
 
-    def _adopt(self, slot: Slot, given: dict[bytes, int], poisoned: int) -> None:
+    def _wake(self, conn: int) -> Peer | None:
+        """The connection of that name, adopted now if nobody has done it yet."""
+        index = self._sleeping.pop(conn, None)
+        if index is None:
+            return self._peers.get(conn)
+        slot = self._checkpoint.slot(index)
         sock = None
-        conn = 0
         try:
-            identity, _, _ = slot.load()
-            conn = identity.conn
-            fd = given.pop(conn.to_bytes(8, "big"), None)
+            fd = self._given.pop(_key(conn), None)
             if fd is None:
-                raise CheckpointError(f"slot {slot.index}: nobody has its descriptor")
+                raise CheckpointError(f"slot {index}: nobody has its descriptor")
             sock = socket.socket(fileno=fd)
-            sock.setblocking(False)
-            if kernel.cookie(sock) != identity.cookie:
-                raise CheckpointError(f"slot {slot.index}: its descriptor is another socket")
-            # What came while nobody was there is acknowledged by a timer of 40 ms only, and a
-            # client that waits for that (Nagle) sends nothing more: say it now.
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
-            received, sent = kernel.positions(sock)
-            peer = Peer(sock, conn, identity.accepted_at)
-            peer.connection = Connection.adopt(
-                slot,
-                received,
-                sent,
-                turn=self._turn,
-                flows=self._flows.table,
-                login_bytes=self.settings.login_bytes,
-                now=self.now,
-            )
+            peer = self._adopt(slot, sock, conn)
         except (CheckpointError, kernel.PositionError, OSError, ValueError, KeyError) as error:
             _log.warning("connection %#x is lost: %s", conn, error)
-            if conn:
-                self._say(channel.Closed(conn, f"not adopted: {error}"[:200]))
-                self._drop(conn.to_bytes(8, "big"))
+            self._flows.close(conn)
+            self._say(channel.Closed(conn, f"not adopted: {error}"[:200]))
+            self._drop(_key(conn))
             if sock is not None:
+                if self._asleep_at.pop(sock.fileno(), None) is not None:
+                    self._epoll.unregister(sock)
                 sock.close()
             self._checkpoint.give_back(slot)
-            return
+            return None
+        return peer
+
+    def _adopt(self, slot: Slot, sock: socket.socket, conn: int) -> Peer:
+        """Raises what says that this connection cannot be gone on with."""
+        identity, _, _ = slot.load()
+        if conn != identity.conn or kernel.cookie(sock) != identity.cookie:
+            raise CheckpointError(f"slot {slot.index}: its descriptor is another socket")
+        sock.setblocking(False)
+        # What came while nobody was there is acknowledged by a timer of 40 ms only, and a
+        # client that waits for that (Nagle) sends nothing more: say it now.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+        received, sent = kernel.positions(sock)
+        connection = Connection.adopt(
+            slot,
+            received,
+            sent,
+            turn=self._turn,
+            flows=self._flows.table,
+            login_bytes=self.settings.login_bytes,
+            now=self.now,
+        )
+        peer = Peer(sock, conn, identity.accepted_at)
+        peer.connection = connection
         peer.slot = slot
         peer.given = True
         peer.peer, peer.local = identity.peer, identity.local
         peer.address = _network(identity.peer.rpartition(":")[0])
         self._add(peer)
-        if peer.connection.mode is Mode.HTTP:
+        self._counted[conn] = connection.counts()
+        self._flows.redirect(conn, connection)
+        if not self._inherits:
+            # The core has said by now what holds, and would have woken this one.
+            slot.flows.clear()
+        self._flows.save_in(conn, slot.flows)
+        self._flows.restore(conn, self._target)
+        if connection.mode is Mode.HTTP:
             self._strangers[conn] = None
-        if conn == poisoned:
+        if not connection.number:
+            # The predecessor may have died before it could say so.
+            self._say(channel.Opened(conn, identity.peer, identity.local, identity.tls))
+        if conn == self._poisoned:
             _log.error("connection %#x from %s killed two edges: closed unread", conn, peer.peer)
             self._close(peer, "two edges died on it")
-        elif peer.connection.closing:
-            # Told again: the predecessor may have died in between.
-            self._tell_closed(peer, peer.connection.closing)
+        elif connection.closing:
+            # Told again, for the same reason.
+            self._tell_closed(peer, connection.closing)
             peer.deadline = self.now + _LINGER
+        return peer
+
+    def _find(self, conn: int) -> Peer | None:
+        """The connection of that name, awake and at work."""
+        if conn in self._sleeping:
+            self._go_on(self._wake(conn))
+        return self._peers.get(conn)
+
+    def _go_on(self, peer: Peer | None) -> None:
+        """Do what a predecessor could not: what lies in a ring already raises no event."""
+        if peer is not None and peer.slot is not None and peer.slot.dirty:
+            self._work(peer)
+            self._flush(peer)
+
+    def _target(self, conn: int) -> Target | None:
+        """Where frames for this connection go."""
+        if conn in self._sleeping:
+            return Sleeper(self, conn)
+        peer = self._peers.get(conn)
+        if peer is None or peer.connection is None or peer.connection.closing:
+            return None
+        return peer.connection
+
+    def deliver(
+        self,
+        conn: int,
+        buffer: memoryview,
+        start: int,
+        end: int,
+        frames: int,
+        octets: int,
+        now: float,
+    ) -> None:
+        """Wake the connection for these frames; to be called by its `Sleeper`."""
+        # In the middle of somebody else's `receive`: what lies in its own rings comes after that.
+        peer = self._wake(conn)
+        if peer is None or peer.connection is None:
+            self._turn.drops[EdgeDrop.NO_CONNECTION] += frames
+            return
+        peer.connection.deliver(buffer, start, end, frames, octets, now)
 
     def _add(self, peer: Peer) -> None:
         self._peers[peer.conn] = peer
         self._by_fd[peer.fd] = peer
         self._per_address[peer.address] = self._per_address.get(peer.address, 0) + 1
         peer.interest = select.EPOLLIN
-        self._epoll.register(peer.fd, select.EPOLLIN)
+        if self._asleep_at.pop(peer.fd, None) is None:
+            self._epoll.register(peer.fd, select.EPOLLIN)
 
     # --- the loop ---------------------------------------------------------------------------------
 
@@ -401,11 +529,17 @@ class Edge:
         self._accept_or_not()
         stop_at, making_way = 0.0, False
         while not stop_at or (self._peers and self.now < stop_at):
-            self.turn(min(child.turn(self.now), max(0.0, self._next_tick - self.now)))
+            waits = not self._chores or self._chores_wait
+            until_tick = max(0.0, self._next_tick - self.now)
+            until_beat = child.turn(self.now)
+            self.turn(min(until_beat, until_tick) if waits else 0.0)
             # Also when a stop comes while we make way: then no successor comes after all.
             if child.stopping and (not stop_at or child.yielding != making_way):
                 stop_at, making_way = self.now + _STOP_TIMEOUT, child.yielding
                 self._accept_or_not()
+                if not making_way:
+                    for conn in list(self._sleeping):
+                        self._find(conn)
                 for peer in list(self._peers.values()):
                     if not (making_way and self._can_be_left(peer)):
                         self._close(peer, "service stops")
@@ -422,7 +556,23 @@ class Edge:
         self.now = time.monotonic()
         self._serve(events)
         self._flush_touched()
+        if self._chores:
+            self._do_chores()
+            self._flush_touched()
         self._forward.done = self._turn.forwarded
+
+    def _do_chores(self) -> None:
+        """A moment for each of them in turn."""
+        until = time.monotonic() + _CHORES_TIME
+        idle = 0  # how many in a row could not go on
+        while self._chores and idle < len(self._chores) and time.monotonic() < until:
+            chore = self._chores.popleft()
+            try:
+                idle = idle + 1 if next(chore) else 0
+            except StopIteration:
+                continue
+            self._chores.append(chore)
+        self._chores_wait = idle >= len(self._chores)
 
     @staticmethod
     def _can_be_left(peer: Peer) -> bool:
@@ -441,6 +591,8 @@ class Edge:
         shaking, calling = [], []
         for fd, event in events.items():
             peer = self._by_fd.get(fd)
+            if peer is None and fd in self._asleep_at:
+                peer = self._find(self._asleep_at[fd])
             if peer is None:
                 if fd in self._listeners:
                     calling.append(self._listeners[fd])
@@ -478,29 +630,47 @@ class Edge:
             self._drop(key)
         for key, why in self.child.refusals():
             _log.warning("connection %s is not protected: %s", key.hex(), why)
-        for peer in list(self._peers.values()):
-            self._expire(peer)
+        if not self._sweeping:
+            self._sweeping = True
+            self._chores.append(self._sweep())
         self._login.waiting_since = next(iter(self._asked.values()), 0.0)
         if self._old_flows_end and now >= self._old_flows_end:
-            self._old_flows_end = 0.0
+            self._old_flows_end, self._inherits = 0.0, False
             self._flows.remove_others(self._epoch)
         if not kernel.unsent(self._control.fileno()) and not self._backlog:
             self._core_read_at = now
         elif now - self._core_read_at > _CORE_TIMEOUT and len(self._flows):
             _log.error("the core has read nothing for %d s: flows end", _CORE_TIMEOUT)
             self._flows.clear()
+
+    def _sweep(self) -> Chore:
+        """Look after each connection."""
+        now = self.now
+        memory, counts, seen = False, False, False
         if now >= self._next_memory:
-            self._next_memory = now + _MEMORY_INTERVAL
-            self._give_back_memory()
+            self._next_memory, memory = now + _MEMORY_INTERVAL, True
             self._log_drops()
-        if self._backlog:
-            return  # counts are cumulative, and can wait
-        if now >= self._next_counts:
-            self._next_counts = now + _COUNTS_INTERVAL
-            self._report_counts()
-        if now >= self._next_seen:
-            self._next_seen = now + _FLOWS_SEEN_INTERVAL
-            self._report_seen()
+        if not self._backlog:  # counts are cumulative, and can wait
+            if now >= self._next_counts:
+                self._next_counts, counts = now + _COUNTS_INTERVAL, True
+            if now >= self._next_seen:
+                self._next_seen, seen = now + _FLOWS_SEEN_INTERVAL, True
+        for peer in list(self._peers.values()):
+            if peer.conn in self._peers:
+                self._expire(peer)
+                connection = peer.connection
+                if connection is not None and memory:
+                    self._give_back_memory(peer, connection)
+                if connection is not None and counts:
+                    self._report_counts(peer, connection)
+                if connection is not None and seen:
+                    for key in connection.seen:
+                        self._say(channel.FlowSeen(peer.conn, key))
+                    connection.seen.clear()
+            yield False
+        if counts:
+            self._report_totals()
+        self._sweeping = False
 
     def _expire(self, peer: Peer) -> None:
         now = self.now
@@ -522,16 +692,14 @@ class Edge:
         except ConnectionEnds as error:
             self._close(peer, str(error))
 
-    def _give_back_memory(self) -> None:
+    def _give_back_memory(self, peer: Peer, connection: Connection) -> None:
         """Rings that are empty keep a little; what has been touched above it is given back."""
-        for peer in self._peers.values():
-            if peer.slot is not None and peer.connection is not None:
-                for ring, at in zip(
-                    (peer.connection.rx, peer.connection.tx), peer.slot.rings_at(), strict=True
-                ):
-                    if ring.high > _KEPT_MEMORY and ring.base == ring.end:
-                        self._punch(at + _KEPT_MEMORY, ring.size - _KEPT_MEMORY)
-                        ring.high = _KEPT_MEMORY
+        if peer.slot is None:
+            return
+        for ring, at in zip((connection.rx, connection.tx), peer.slot.rings_at(), strict=True):
+            if ring.high > _KEPT_MEMORY and ring.base == ring.end:
+                self._punch(at + _KEPT_MEMORY, ring.size - _KEPT_MEMORY)
+                ring.high = _KEPT_MEMORY
 
     def _punch(self, at: int, size: int) -> None:
         try:
@@ -559,29 +727,23 @@ class Edge:
             tuple(turn.refusals[why] for why in Refusal),
         )
 
-    def _report_counts(self) -> None:
-        for conn, peer in self._peers.items():
-            if peer.connection is None:
-                continue
-            counts = peer.connection.counts()
-            if self._counted.get(conn) != counts:
-                self._counted[conn] = counts
-                if peer.connection.slot is not None:
-                    peer.connection.slot.save_counts(*counts[:4], *counts[4])
-                self._say(channel.Counts(conn, *counts))
+    def _report_totals(self) -> None:
         totals = self._totals()
         if totals != self._totals_told:
             self._totals_told = totals
             self._checkpoint.save_totals(*totals)
             self._say(totals)
 
-    def _report_seen(self) -> None:
-        for conn, peer in self._peers.items():
-            connection = peer.connection
-            if connection is not None and connection.seen:
-                for key in connection.seen:
-                    self._say(channel.FlowSeen(conn, key))
-                connection.seen.clear()
+    def _report_counts(self, peer: Peer, connection: Connection) -> None:
+        counts = connection.counts()
+        changed = self._counted.get(peer.conn) != counts
+        if connection.slot is not None:
+            connection.slot.set_busy(changed)
+        if changed:
+            self._counted[peer.conn] = counts
+            if connection.slot is not None:
+                connection.slot.save_counts(*counts[:4], *counts[4])
+            self._say(channel.Counts(peer.conn, *counts))
 
     # --- accepting --------------------------------------------------------------------------------
 
@@ -604,7 +766,11 @@ class Edge:
         return self._tls.loaded and len(self._backlog) < _MAX_BACKLOG and not self.child.stopping
 
     def _is_full(self) -> bool:
-        return len(self._peers) >= self.settings.max_connections and not self._can_make_room()
+        return self._taken() >= self.settings.max_connections and not self._can_make_room()
+
+    def _taken(self) -> int:
+        """How many places are."""
+        return len(self._peers) + len(self._sleeping)
 
     def _can_make_room(self) -> bool:
         """Has a stranger stayed for long enough?"""
@@ -635,7 +801,7 @@ class Edge:
                     break
                 sock, address = accepted
                 ours = sock.getsockname()[0] == address[0]
-                if ours and len(self._peers) < self.settings.max_connections + _RESERVE:
+                if ours and self._taken() < self.settings.max_connections + _RESERVE:
                     self._take_in(sock, address)
                 elif len(self._waiting) < _MAX_WAITING:
                     self._waiting.append((sock, address, self.now + self.settings.login_timeout))
@@ -681,7 +847,7 @@ class Edge:
         local = sock.getsockname()
         peer.local = f"{local[0]}:{local[1]}"
         peer.handshake = self._tls.begin()
-        if len(self._peers) >= self.settings.max_connections and self._can_make_room():
+        if self._taken() >= self.settings.max_connections and self._can_make_room():
             self._make_room()
         self._add(peer)
         self._strangers[peer.conn] = None
@@ -804,6 +970,7 @@ class Edge:
     def _protect(self, peer: Peer, connection: Connection, secrets: Secrets | None) -> None:
         if secrets is not None and peer.slot is not None:
             peer.slot.create(connection.identity, connection.hot(), connection.cold())
+            self._flows.save_in(peer.conn, peer.slot.flows)
             self._give(peer)
 
     def _give(self, peer: Peer) -> None:
@@ -1076,9 +1243,13 @@ class Edge:
             del self._backlog[:sent]
             if not self._backlog:
                 self._epoll.modify(self._control, select.EPOLLIN)
+                self._note_told()
 
     def _read_control(self) -> None:
+        until = time.monotonic() + _CONTROL_TIME
         for _ in range(_CONTROL_PER_TURN):
+            if time.monotonic() > until:
+                return
             try:
                 data = self._control.recv(channel.MAX_MESSAGE + 1)
             except BlockingIOError:
@@ -1086,7 +1257,10 @@ class Edge:
             try:
                 message = channel.decode_from_core(data)
             except ChannelError as error:
-                _log.error("message of the core: %s", error)
+                if self._heeds_core:
+                    _log.error("message of the core: %s", error)
+                continue
+            if not self._heeds_core and not isinstance(message, channel.Hello):
                 continue
             match message:
                 case channel.State():
@@ -1094,6 +1268,7 @@ class Edge:
                 case channel.Flow():
                     self._add_flow(message)
                 case channel.Unflow(conn, key):
+                    self._find(conn)
                     if key == channel.ALL_FLOWS:
                         self._flows.remove_all(conn)
                     else:
@@ -1104,7 +1279,7 @@ class Edge:
                     _log.error("frames of the core on the control socket")
 
     def _apply(self, state: channel.State) -> None:
-        peer = self._peers.get(state.conn)
+        peer = self._find(state.conn)
         if peer is None or peer.connection is None:
             return  # it has closed meanwhile, and the core is being told
         connection = peer.connection
@@ -1127,35 +1302,81 @@ class Edge:
         self._work(peer)
 
     def _add_flow(self, flow: channel.Flow) -> None:
-        peer, to = self._peers.get(flow.conn), self._peers.get(flow.to_conn)
+        peer = self._find(flow.conn)
+        target = self._target(flow.to_conn)
         # Never back to where it came from: a connection that is being read must not be saved.
-        if peer is None or to is None or peer is to:
+        if peer is None or target is None or flow.conn == flow.to_conn:
             return
-        if to.connection is not None and not to.connection.closing and peer.connection is not None:
-            self._flows.add(flow.conn, flow.key, flow.to_conn, to.connection, self._epoch)
+        if peer.connection is not None:
+            self._flows.add(flow.conn, flow.key, flow.to_conn, target, self._epoch)
 
     def _greet(self, hello: channel.Hello) -> None:
         """A core serves: tell it all there is, and ask again what was not answered."""
-        if hello.version != channel.VERSION:
-            _log.error("the core speaks version %d, we %d", hello.version, channel.VERSION)
+        self._heeds_core = hello.version == channel.VERSION
+        if not self._heeds_core:
+            _log.error(
+                "the core speaks version %d of the channel, this edge %d: neither heeds the other"
+                " until both are of one version",
+                hello.version,
+                channel.VERSION,
+            )
+            self._say(channel.Adopted(channel.VERSION))
             return
         self._epoch = hello.epoch
-        live = [
-            peer.connection
-            for peer in self._peers.values()
-            if peer.connection is not None and not peer.connection.closing
-        ]
-        for connection in live:
-            self._say(connection.replay())
+        self._greetings += 1
+        self._told_all = 0
+        if self._checkpoint.epoch == hello.epoch:
+            pairs = self._checkpoint.directory()
+            # Those that are in no slot.
+            pairs += [
+                (peer.conn, peer.connection.number)
+                for peer in self._peers.values()
+                if peer.connection is not None and peer.connection.slot is None
+            ]
+            for at in range(0, len(pairs), channel.MAX_PRESENT):
+                self._say(channel.Present(tuple(pairs[at : at + channel.MAX_PRESENT])))
+            self._end_replay()
+        else:
+            self._chores.append(self._replay(self._greetings))
+
+    def _replay(self, greeting: int) -> Chore:
+        for conn in [*self._peers, *self._sleeping]:
+            while self._backlog:
+                yield True
+            peer = self._find(conn)
+            if self._greetings != greeting:
+                return
+            connection = peer.connection if peer is not None else None
+            if connection is not None and not connection.closing:
+                self._say(connection.replay())
+                counts = connection.counts()
+                if any((*counts[:4], *counts[4])):
+                    self._say(channel.Counts(conn, *counts))
+            yield False
         for conn, key in self._flows:
+            while self._backlog:
+                yield True
+            if self._greetings != greeting:
+                return
             self._say(channel.FlowSeen(conn, key))
-        self._say(channel.Replayed(hello.epoch))
-        self._counted.clear()
+            yield False
+        self._end_replay()
+
+    def _end_replay(self) -> None:
+        self._say(channel.Replayed(self._epoch))
         self._totals_told = None
         self._old_flows_end = self.now + _OLD_FLOWS_TIMEOUT
-        for connection in live:
-            if connection.request:
-                self._ask(connection)
+        self._told_all = self._epoch
+        self._note_told()
+        for conn in list(self._asked):
+            peer = self._peers[conn]
+            if peer.connection is not None:
+                self._ask(peer.connection)
+
+    def _note_told(self) -> None:
+        """A successor need not tell again what the core can read."""
+        if self._told_all and not self._backlog:
+            self._checkpoint.epoch, self._told_all = self._told_all, 0
 
     def _read_frames(self) -> None:
         for _ in range(_FRAMES_PER_TURN):
@@ -1174,13 +1395,18 @@ class Edge:
             size = len(message.blocks)
             batch = memoryview(bytearray(b"".join((b"\0\0\0\0", message.blocks, b"\0"))))
             for conn in message.conns:
-                peer = self._peers.get(conn)
+                peer = self._find(conn)
                 if peer is None or peer.connection is None:
                     self._turn.drops[EdgeDrop.NO_CONNECTION] += count
                     continue
                 # Each time: who has not room for all of it cuts it.
                 batch[:4] = channel.U32.pack(count)
                 peer.connection.deliver(batch, 0, 4 + size, count, size - 4 * count, self.now)
+
+
+def _key(conn: int) -> bytes:
+    """Under which the watchdog has the connection's descriptor."""
+    return conn.to_bytes(8, "big")
 
 
 def _network(host: str) -> str:

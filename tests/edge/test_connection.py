@@ -3,7 +3,7 @@
 import itertools
 import random
 import struct
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +13,14 @@ from pkvpn import channel
 from pkvpn.channel import EdgeDrop, Mode, State
 from pkvpn.edge import connection, tls_records
 from pkvpn.edge.checkpoint import Checkpoint, Identity, Slot, checkpoint_size
-from pkvpn.edge.connection import Connection, ConnectionEnds, OwnRecords, Turn, scratch_size
+from pkvpn.edge.connection import (
+    Connection,
+    ConnectionEnds,
+    OwnRecords,
+    Target,
+    Turn,
+    scratch_size,
+)
 from pkvpn.edge.rings import Ring
 from pkvpn.edge.tls_records import (
     AES_128_GCM,
@@ -146,7 +153,7 @@ class World:
         self.memory = bytearray(checkpoint_size(4, RX, TX))
         self.checkpoint = Checkpoint.make(memoryview(self.memory), 4, RX, TX)
         self.turn = Turn(memoryview(bytearray(scratch_size(RX))))
-        self.tables: dict[int, dict[bytes, Connection]] = {}
+        self.tables: dict[int, dict[bytes, Target]] = {}
         self.clients: list[Client] = []
         self.core: list[tuple[int, list[bytes]]] = []
 
@@ -155,10 +162,12 @@ class World:
         self.turn = Turn(memoryview(bytearray(scratch_size(RX))))
         self.checkpoint = Checkpoint(memoryview(self.memory))
         flows = {
-            conn: {key: to.conn for key, to in table.items()} for conn, table in self.tables.items()
+            conn: {key: cast(Connection, to).conn for key, to in table.items()}
+            for conn, table in self.tables.items()
         }
         self.tables = {}
-        adopted = {slot.load()[0].conn: slot for slot in self.checkpoint.left()}
+        found, _ = self.checkpoint.left()
+        adopted = {conn: self.checkpoint.slot(index) for conn, index in found.items()}
         for client in self.clients:
             client.edge = self.adopt(client, adopted[client.edge.conn])
         by_conn = {client.edge.conn: client.edge for client in self.clients}
@@ -227,8 +236,8 @@ def test_a_state_comes_in_force_whole_or_not_at_all(monkeypatch: pytest.MonkeyPa
 
     def save(self: Slot, hot: Any) -> None:
         # What a kill leaves right before the switch.
-        (slot,) = Checkpoint(memoryview(bytearray(world.memory))).left()
-        left.append(slot.load())
+        checkpoint = Checkpoint(memoryview(bytearray(world.memory)))
+        left.append(checkpoint.slot(checkpoint.left()[0][1]).load())
         original(self, hot)
 
     monkeypatch.setattr(Slot, "save", save)

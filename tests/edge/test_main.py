@@ -4,7 +4,7 @@ import os
 import socket
 import ssl
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -380,26 +380,37 @@ def test_flows_outlive_a_core_and_end_if_the_new_one_does_not_want_them(
 # --- the death of an edge -----------------------------------------------------------------------
 
 
-def restart(tree: FakeTree) -> None:
+def restart(
+    tree: FakeTree, *, epoch: int = 1, before: Callable[[], None] = lambda: None
+) -> list[channel.FromEdge]:
+    """Kill the edge; what the next one tells the core of that epoch, up to its Replayed."""
     tree.kill()
-    tree.start()
+    tree.start(before)
     tree.core.wait_for(channel.Adopted)
-    tree.core.say(channel.Hello(channel.VERSION, 1))
+    tree.core.say(channel.Hello(channel.VERSION, epoch))
+    heard: list[channel.FromEdge] = []
+    while not isinstance(message := tree.core.hear(), channel.Replayed):
+        heard.append(message)
+    assert message.epoch == epoch
+    return heard
 
 
 def test_a_killed_edge_loses_no_connection(tree: FakeTree, pair: tuple[Client, Client]) -> None:
     a, b = pair
-    for round_ in range(3):
-        restart(tree)
-        replays = [tree.core.expect(channel.Replay) for _ in range(2)]
-        assert {(r.conn, r.number, r.mode, r.blob) for r in replays} == {
-            (client.conn, 1, Mode.BLOCKS, b"blob") for client in pair
-        }
-        assert all(r.tls.startswith("TLSv1.3 own") for r in replays)
-        tree.core.expect(channel.Replayed)
-        tree.core.say(channel.Flow(a.conn, B + A, b.conn))
+    for round_ in range(4):
+        if round_ % 2:  # a core that has not heard of them
+            replays = restart(tree, epoch=1 + round_)
+            assert {(r.conn, r.number, r.mode, r.blob) for r in replays} == {  # type: ignore[union-attr]
+                (client.conn, 1, Mode.BLOCKS, b"blob") for client in pair
+            }
+            assert all(r.tls.startswith("TLSv1.3 own") for r in replays)  # type: ignore[union-attr]
+        else:  # the one that knows them
+            (present,) = restart(tree, epoch=max(1, round_))
+            assert isinstance(present, channel.Present)
+            assert set(present.pairs) == {(a.conn, 1), (b.conn, 1)}
         tree.core.say(channel.FramesOut((b.conn,), channel.join_blocks([frame(B, A, 99)])))
         assert b.read_frames(1) == [frame(B, A, 99)]
+        # The core has not said the flow again.
         frames = [frame(B, A, 1000 + round_, fill) for fill in range(50)]
         a.sock.sendall(batch(*frames))
         assert b.read_frames(50) == frames
@@ -407,17 +418,141 @@ def test_a_killed_edge_loses_no_connection(tree: FakeTree, pair: tuple[Client, C
     a.read_to_the_end()
 
 
+def test_flows_of_a_dead_edge_end_if_the_core_does_not_say_them_again(
+    tree: FakeTree, pair: tuple[Client, Client]
+) -> None:
+    a, b = pair
+    restart(tree)
+    tree.core.say(channel.Flow(b.conn, A + B, a.conn))
+    eventually_misses(tree, a, frame(B, A))
+    b.sock.sendall(batch(frame(A, B)))
+    assert a.read_frames(1) == [frame(A, B)]
+    # Nor does the next edge have them.
+    restart(tree)
+    a.sock.sendall(batch(frame(B, A, 70)))
+    assert tree.core.hear_frames() == (a.conn, [frame(B, A, 70)])
+
+
+def no_chores() -> None:
+    """Runs in an edge: whoever sleeps sleeps until woken."""
+    main._CHORES_TIME = 0.0
+
+
+def all_asleep(tree: FakeTree) -> None:
+    """As if nobody had said anything lately, in the memory of a dead edge."""
+    data = bytearray(os.pread(tree.checkpoint, 8192, 0))
+    (slots,) = struct.unpack_from("=I", data, 12)
+    os.pwrite(tree.checkpoint, bytes(2 * slots), 4096 + slots)
+
+
+def test_a_sleeper_is_woken_by_all_that_concerns_it(
+    tree: FakeTree, pair: tuple[Client, Client]
+) -> None:
+    a, b = pair
+    c = Client(tree).login()
+    tree.core.say(channel.Flow(c.conn, B + B, b.conn))
+    tree.core.say(channel.Hello(channel.VERSION, 1))
+    tree.core.wait_for(channel.Replayed)
+    tree.kill()
+    all_asleep(tree)
+    tree.start(no_chores)
+    tree.core.wait_for(channel.Adopted)
+    for client in (a, b, c):
+        client.sock.sendall(batch(frame(A, A)))  # nobody reads it yet
+    # By a flow from it; and a frame by a flow wakes whom it goes to.
+    tree.core.say(channel.Flow(c.conn, A + B, a.conn))
+    assert tree.core.hear_frames() == (c.conn, [frame(A, A)])
+    c.sock.sendall(batch(frame(B, B), frame(A, B)))
+    assert b.read_frames(1) == [frame(B, B)]
+    assert a.read_frames(1) == [frame(A, B)]
+    assert {tree.core.hear_frames()[0] for _ in range(2)} == {a.conn, b.conn}
+
+
+def test_a_sleeper_is_woken_by_a_frame_of_the_core_and_by_a_kick(
+    tree: FakeTree, pair: tuple[Client, Client]
+) -> None:
+    a, b = pair
+    tree.kill()
+    all_asleep(tree)
+    tree.start(no_chores)
+    tree.core.say(channel.FramesOut((b.conn,), channel.join_blocks([frame(B, A)])))
+    assert b.read_frames(1) == [frame(B, A)]
+    tree.core.say(channel.State(a.conn, 2, b"", Mode.CLOSING, "kicked", 0.0, False, b""))
+    a.read_to_the_end()
+    assert tree.core.wait_for(channel.Closed) == (a.conn, "kicked")
+
+
+def test_sleepers_are_woken_by_their_clients_and_by_time(tree: FakeTree) -> None:
+    clients = [Client(tree).login(timeout=2.0) for _ in range(20)]
+    tree.kill()
+    all_asleep(tree)
+    clients[7].sock.sendall(batch(frame(B, A)))
+    tree.start()
+    assert tree.core.hear_frames() == (clients[7].conn, [frame(B, A)])
+    # Nobody touches the others: their keep-alives come, and the silence of their clients ends them.
+    for client in clients:
+        client.read_to_the_end()
+
+
+def test_sleepers_count_for_the_limit_and_are_told_goodbye(tree: FakeTree) -> None:
+    clients = [Client(tree).login() for _ in range(5)]
+    tree.kill()
+    all_asleep(tree)
+    tree.start(no_chores)
+    assert tree.stop() == 0
+    for client in clients:
+        client.read_to_the_end()
+    assert tree.given == {}
+
+
+def test_a_connection_that_only_the_dead_edge_knew_is_told_to_the_core(tree: FakeTree) -> None:
+    """As if the edge had died right before it said so."""
+    client = Client(tree)
+    tree.kill()
+    tree.start()
+    opened = tree.core.wait_for(channel.Opened)
+    assert opened.conn == client.conn
+    client.login()
+
+
+def test_memory_of_another_version_starts_anew_and_says_so(
+    tree: FakeTree, pair: tuple[Client, Client]
+) -> None:
+    tree.kill()
+    os.pwrite(tree.checkpoint, struct.pack("=I", 99), 8)
+    tree.start()
+    for client in pair:
+        with pytest.raises((ssl.SSLEOFError, ConnectionResetError)):
+            client.read_to_the_end()
+    eventually(lambda: not tree.drain())
+    Client(tree).login()
+
+
+def test_a_core_of_another_version_is_not_heeded_and_flows_go_on(
+    tree: FakeTree, pair: tuple[Client, Client]
+) -> None:
+    a, b = pair
+    tree.core.say(channel.Hello(channel.VERSION + 1, 2))
+    assert tree.core.wait_for(channel.Adopted).version == channel.VERSION
+    tree.core.say(channel.State(a.conn, 2, b"", Mode.CLOSING, "kicked", 0.0, False, b""))
+    tree.core.say(channel.Unflow(a.conn, B + A))
+    tree.core.say(channel.Hello(channel.VERSION, 3))
+    assert {tree.core.expect(channel.Replay).conn for _ in range(2)} == {a.conn, b.conn}
+    a.sock.sendall(batch(frame(B, A)))
+    assert b.read_frames(1) == [frame(B, A)]
+
+
 def test_an_edge_that_makes_way_leaves_its_connections_to_the_next(
     tree: FakeTree, pair: tuple[Client, Client]
 ) -> None:
-    a, _ = pair
+    a, b = pair
     old = Client(tree, ssl.TLSVersion.TLSv1_2)  # nobody can go on with this one
     assert tree.stop(b"yield") == 0
     old.read_to_the_end()
     assert len(tree.given) == 2
     tree.start()
     a.sock.sendall(batch(frame(B, A)))
-    assert tree.core.hear_frames() == (a.conn, [frame(B, A)])
+    assert b.read_frames(1) == [frame(B, A)]
 
 
 def test_what_was_sent_while_no_edge_lived_is_read_by_the_next(tree: FakeTree) -> None:
