@@ -28,6 +28,7 @@ PROGRAMS = {
     "gaps": (7200, ["gaps"]),
     "gaps-idle": (3600, ["gaps", "--idle", "5000", "--rounds", "20", "--softether", "0"]),
     "throughput": (7200, ["throughput"]),
+    "profile": (1800, ["profile"]),
     "peers": (3600, ["peers"]),
 }
 _BLOCK = re.compile(
