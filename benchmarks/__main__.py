@@ -24,6 +24,9 @@ PAGES = (README, ROOT / "README.md")
 PROGRAMS = {
     "idle": (1800, ["idle"]),
     "respawn": (3600, ["respawn"]),
+    "hangs": (3600, ["hangs"]),
+    "false-kills": (1800, ["false_kills"]),
+    "endurance": (3600, ["endurance"]),
     "logins": (1800, ["logins"]),
     "gaps": (7200, ["gaps"]),
     "gaps-idle": (3600, ["gaps", "--idle", "5000", "--rounds", "20", "--softether", "0"]),

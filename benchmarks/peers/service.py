@@ -7,7 +7,8 @@
     python service.py PORT --fork-loop        a parent that only forks it again (the floor)
     python service.py PORT --tree DIRECTORY   the same under pkvpn.watchdog
 
-SIGUSR1 makes it spin for ever.  The imports are those of a service of some size.
+SIGUSR1 makes it spin in Python for ever, SIGUSR2 in C code that keeps the GIL.  The imports are
+those of a service of some size.
 """
 
 from __future__ import annotations
@@ -39,6 +40,16 @@ def spin(*_: object) -> None:
         pass
 
 
+def spin_in_c(*_: object) -> None:
+    """Busy in C code that keeps the GIL, for ever."""
+    sum(range(10**15))
+
+
+def hang_on_request() -> None:
+    signal.signal(signal.SIGUSR1, spin)
+    signal.signal(signal.SIGUSR2, spin_in_c)
+
+
 def open_listener(port: int) -> socket.socket:
     return socket.create_server(("127.0.0.1", port), backlog=1024)
 
@@ -50,7 +61,7 @@ def serve(
     stopping: Callable[[], bool] = lambda: False,
 ) -> None:
     """Answer until ``stopping``; ``turn`` is called each turn and says how long to wait."""
-    signal.signal(signal.SIGUSR1, spin)
+    hang_on_request()
     listener.setblocking(False)
     answer = b"HTTP/1.0 200 OK\r\nContent-Type: text/plain\r\n\r\n%d" % os.getpid()
     poller = select.poll()
@@ -153,7 +164,7 @@ def main() -> int:
 
 # gunicorn's workers run their own loop around this.
 def application(_environ: object, start_response: Callable[..., object]) -> list[bytes]:
-    signal.signal(signal.SIGUSR1, spin)
+    hang_on_request()
     start_response("200 OK", [("Content-Type", "text/plain"), ("Connection", "close")])
     return [b"%d" % os.getpid()]
 

@@ -303,6 +303,23 @@ class Service:
         return "\n".join(path.read_text() for path in texts if path.exists())[-6000:]
 
 
+class ChaoticService(Service):
+    """The service in the laboratory: its children obey `pkvpn.chaos.injector.order`."""
+
+    @property
+    def orders(self) -> Path:
+        return self.directory / "orders"
+
+    def _line(self, *words: str) -> list[str]:
+        if words == ("execsvc",):
+            self.orders.mkdir(exist_ok=True)
+            return [sys.executable, "-m", "pkvpn.chaos", str(self.config), str(self.orders)]
+        return super()._line(*words)
+
+    def restarts(self) -> dict[str, int]:
+        return {name: child["restarts"] for name, child in self.children().items()}
+
+
 class Bed:
     """One server, two stock clients."""
 

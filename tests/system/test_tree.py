@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
-from pathlib import Path
 
 import pytest
 
@@ -18,7 +16,7 @@ from pkvpn.chaos.injector import WAYS, order
 from pkvpn.client.session import VpnClient
 from pkvpn.watchdog.report import list_reports
 from tests.support import eventually
-from tests.system.bed import Service
+from tests.system.bed import ChaoticService
 from tests.system.test_own_clients import exchange
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
@@ -50,23 +48,6 @@ VERDICTS: dict[str, tuple[str, str, int | None]] = {
     "raise": ("dead", "crash", None),
     "exit": ("dead", "clean", None),
 }
-
-
-class ChaoticService(Service):
-    """The service in the laboratory: its children obey `order`."""
-
-    @property
-    def orders(self) -> Path:
-        return self.directory / "orders"
-
-    def _line(self, *words: str) -> list[str]:
-        if words == ("execsvc",):
-            self.orders.mkdir(exist_ok=True)
-            return [sys.executable, "-m", "pkvpn.chaos", str(self.config), str(self.orders)]
-        return super()._line(*words)
-
-    def restarts(self) -> dict[str, int]:
-        return {name: child["restarts"] for name, child in self.children().items()}
 
 
 class Visit:
