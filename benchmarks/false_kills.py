@@ -5,9 +5,9 @@
 A tree of 20 healthy children with all defaults and no priority, which do a little work 50 times a
 second, is put through what makes beats late without anybody's fault: 8 and 32 programs that spin, a
 watchdog that is stopped for 5 s, and a whole tree that is stopped for 3 s and continued, the
-watchdog first, so that it finds its children silent.  A false kill is an incarnation after the first.  How long the
-most silent child was silent, where the watchdog can be asked, says how near it was: at a second, a
-child is looked at.
+watchdog first, so that it finds its children silent.  A false kill is an incarnation after the
+first.  How long the most silent child was silent, where the watchdog can be asked, says how near it
+was: a child is judged after a second.
 """
 
 from __future__ import annotations

@@ -334,7 +334,7 @@ def hangs(peer: Peer, number: int, rounds: int) -> list[float]:
         if seconds != seconds:  # noqa: PLR0124 - nobody noticed: make it well again
             kill_quietly(pid, signal.SIGKILL)
             until_served(peer, pid, 10.0)
-            if len(took) == 2 and took[0] != took[0]:  # noqa: PLR0124 - nor the first time
+            if len(took) == 2 and took[0] != took[0]:  # nor the first time
                 break
     return took
 
