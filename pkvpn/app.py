@@ -99,7 +99,12 @@ class Service:
                 key=service.listen,
                 adopt=lambda descriptors: self.listeners.adopt(service.listen, descriptors),
             ),
-            HeldSpec("admin", lambda: [control.listen(admin)], key=admin),
+            HeldSpec(
+                "admin",
+                lambda: [control.listen(admin)],
+                key=admin,
+                name_in_runtime_dir=self.settings.admin_socket.name,
+            ),
             HeldSpec("canary", _canary_secret),
             HeldSpec("channel:core", lambda: self._core_ends(len(edges)), key=len(edges)),
         ]

@@ -35,14 +35,16 @@ class HeldDescriptors:
     def __init__(self) -> None:
         self._open: dict[str, tuple[HeldSpec, list[int]]] = {}
 
-    def open(self, spec: HeldSpec) -> bool:
+    def open(self, spec: HeldSpec, *, anew: bool = False) -> bool:
         """Open ``spec`` unless it is open with the same key; True if anything was opened.
+
+        ``anew``: also if it is open.
 
         What was open under the name is closed after the new one is there.
         Raises what the opener raises; then the old one stays.
         """
         before = self._open.get(spec.name)
-        if before is not None and before[0] == spec:
+        if before is not None and before[0] == spec and not anew:
             return False
         descriptors = spec.open()
         for fd in descriptors:

@@ -82,6 +82,8 @@ class HeldSpec:
     key: Any = None
     # Called instead of ``open`` with what the image before an upgrade held.
     adopt: Callable[[list[int]], None] = field(compare=False, default=lambda _descriptors: None)
+    # The name in the runtime directory by which others find it: removed there, it is opened anew.
+    name_in_runtime_dir: str = ""
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ import psutil
 from pkvpn.watchdog import control, instance, machine, procfs, report, sweep, upgrade
 from pkvpn.watchdog.child import ALL_SIGNALS, Birth
 from pkvpn.watchdog.held import GIVEN_FLOOR, HeldDescriptors, Kept
+from pkvpn.watchdog.home import Home
 from pkvpn.watchdog.incarnation import ChildEnds, Incarnation
 from pkvpn.watchdog.lifeline import FRAME_SIZE, CorruptLifeline, Kind, Order, Said
 from pkvpn.watchdog.logchild import WATCHDOG, LogPipe, LogSettings
@@ -66,6 +67,10 @@ _READS = 16
 # after another has ended by itself.
 _STANDBY_AFTER = 0.25
 _STANDBY_AGAIN = 5.0
+# What of ours lies in the runtime directory; where it cannot be made again, the next try is later.
+_CONTROL_NAME = "control.sock"
+_OWN_NAMES = (instance.LOCK_NAME, instance.PID_NAME, _CONTROL_NAME)
+_HOME_AGAIN = 5.0
 # Reports that operators asked for (QUIT), per child: a child cannot fill the disk with them.
 _DUMP_INTERVAL = 1.0
 # The same excuse is written down at most so often.
@@ -77,7 +82,7 @@ _TRIAL_TIMEOUT = 30.0
 _PR_SET_CHILD_SUBREAPER = 36
 _LOG_BUFFER = 1 << 20
 # In which order the events of one turn are handled.
-_SIGNALS, _LIFELINES, _DEATHS, _TRIAL, _CONTROL = range(5)
+_SIGNALS, _LIFELINES, _DEATHS, _TRIAL, _CONTROL, _HOME = range(6)
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -142,6 +147,7 @@ class Supervisor:
         self._orphans: set[int] = set()  # killed at the last look
         self._back_at = 0.0  # when we were last away
         self._dismissed: set[Incarnation] = set()  # standbys that are being killed
+        self._home_at = math.inf  # when what is missing in the runtime directory is made again
         self._slots = _make_slots(self._all_children(spec))
         self._tree = Tree([slot.machine for slot in self._slots.values()])
         self._by_machine = {id(slot.machine): slot for slot in self._slots.values()}
@@ -156,7 +162,7 @@ class Supervisor:
         try:
             for held in self._spec.held:
                 self._held.open(held)
-            self._listen(control.listen(os.path.join(self._spec.runtime_dir, "control.sock")))
+            self._listen(control.listen(os.path.join(self._spec.runtime_dir, _CONTROL_NAME)))
         except Exception as error:  # noqa: BLE001 - an opener is the daemon author's
             # Nobody is there yet who could write it down.
             self._tell({"error": str(error), "code": EXIT_START_FAILED})
@@ -232,6 +238,9 @@ class Supervisor:
 
     def _live(self, begin: Callable[[], None] = lambda: None) -> int:
         self._take_signals()
+        self._home = Home(self._spec.runtime_dir)
+        if self._home.fileno() >= 0:
+            self._selector.register(self._home, selectors.EVENT_READ, (_HOME, None, None))
         _adopt_orphans()
         gc.collect()
         gc.freeze()  # what exists now is shared with every child and never looked at again
@@ -289,6 +298,8 @@ class Supervisor:
             self._contain(None, lambda: self._on_signals(now), now)
         elif priority == _TRIAL:
             self._contain(None, self._end_trial, now)
+        elif priority == _HOME:
+            self._contain(None, lambda: self._look_home(now), now)
         elif incarnation is slot.standby:
             self._contain(slot, lambda: self._hear_standby(slot, priority, now), now)
         elif incarnation in self._dismissed:
@@ -326,6 +337,9 @@ class Supervisor:
         if self._trial is not None and self._trial_deadline <= now:
             self._trial_deadline = math.inf
             self._trial.kill(f"has not ended within {_TRIAL_TIMEOUT:g} s")
+        if self._home_at <= now:
+            self._home_at = math.inf
+            self._contain(None, lambda: self._look_home(now), now)
         self._contain(None, lambda: self._advance(now), now)
         if self._strangers:
             self._strangers = False
@@ -353,7 +367,7 @@ class Supervisor:
 
     def _until_next_deadline(self, now: float) -> float:
         # Never longer than a second, so that time we were away for is seen as such.
-        nearest = min(now + 1.0, self._trial_deadline)
+        nearest = min(now + 1.0, self._trial_deadline, self._home_at)
         for slot in self._slots.values():
             deadlines = [slot.machine.next_deadline(), slot.standby_at]
             if slot.alive is not None:
@@ -399,7 +413,52 @@ class Supervisor:
     def _finish(self) -> None:
         """Nobody of ours is left: end what was not ours, give everything back."""
         sweep.kill_orphans(set(), set(), budget=_LAST_SWEEP)
+        self._home.close()
         self._give_back()
+
+    # -- the runtime directory
+
+    def _look_home(self, now: float) -> None:
+        """Make again what somebody has removed: without it nobody finds us, or finds us running."""
+        others = {
+            held.name_in_runtime_dir: held for held in self._spec.held if held.name_in_runtime_dir
+        }
+        gone = self._home.missing((*_OWN_NAMES, *others))
+        if not gone or self._tree.stopping:
+            return
+        try:
+            self._restore(gone)
+            changed = {others[name].name for name in gone & set(others)}
+            for name in changed:
+                self._held.open(next(one for one in self._spec.held if one.name == name), anew=True)
+        except (instance.InstanceError, OSError) as error:
+            self._entry("runtime-directory-lost", names=sorted(gone), reason=str(error))
+            self._home_at = now + _HOME_AGAIN
+            return
+        self._entry("runtime-directory-restored", names=sorted(gone))
+        for slot in self._slots.values():
+            if changed.intersection(slot.spec.held):
+                self._dismiss_standby(slot, now)
+                self._tell_machine(slot, machine.Replace(), now)
+
+    def _restore(self, gone: set[str]) -> None:
+        """Raises `InstanceError` or `OSError`."""
+        directory = self._spec.runtime_dir
+        instance.prepare_directory(directory)
+        self._home.watch()
+        if instance.LOCK_NAME in gone:
+            path = os.path.join(directory, instance.LOCK_NAME)
+            lock = instance.InstanceLock.acquire(path)
+            if lock is None:
+                raise instance.InstanceError(f"{path} is another's by now")
+            # The one before stays open: those who were born with it hold it as long as they live.
+            self._lock = lock
+        if instance.PID_NAME in gone:
+            instance.write_pid_file(os.path.join(directory, instance.PID_NAME))
+        if _CONTROL_NAME in gone:
+            listener = control.listen(os.path.join(directory, _CONTROL_NAME))
+            self._control.close()
+            self._listen(listener)
 
     def _give_back(self) -> None:
         self._selector.close()
@@ -408,7 +467,7 @@ class Supervisor:
         self._held.close()
         for _, write in self._log_channels.values():
             os.close(write)
-        for name in ("control.sock", "pid"):
+        for name in (_CONTROL_NAME, instance.PID_NAME):
             with contextlib.suppress(OSError):
                 os.unlink(os.path.join(self._spec.runtime_dir, name))
 
