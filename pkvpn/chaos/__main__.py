@@ -8,6 +8,7 @@ echo block > DIRECTORY/edge-1             # in this or another way of `injector.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import logging
@@ -61,8 +62,9 @@ def main(argv: list[str]) -> int:
 
 
 def _tell(line: dict[str, object]) -> None:
-    sys.stdout.write(json.dumps(line) + "\n")
-    sys.stdout.flush()
+    # Who waited for the start may be gone by the time that more is told.
+    with contextlib.suppress(OSError):
+        os.write(1, json.dumps(line).encode() + b"\n")
 
 
 if __name__ == "__main__":

@@ -2,14 +2,20 @@
 
 Strategy: the product has no back doors; this wraps the targets of a `TreeSpec` before it is run.
 A wrapped child looks, once in each turn of its own loop, for a file with its name in a directory;
-the file says in which way it is to go wrong, and is removed first, so that only one incarnation
-meets it.  What goes wrong does so in the working loop itself, as a bug of ours would.
+the file says in which way it is to go wrong, and in how many turns: it is counted down first, so
+that a successor does not meet an order that has been obeyed.  What goes wrong does so in the
+working loop itself, as a bug of ours would.  The watchdog's own bugs are in what a spec brings
+along: the policy, and the times that its loop reads.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import dataclasses
+import logging
 import os
+import select
 import signal
 import threading
 import time
@@ -18,25 +24,94 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from pkvpn.watchdog.child import Child
+from pkvpn.watchdog.lifeline import FRAME_SIZE
+from pkvpn.watchdog.policy import RestartPolicy
 from pkvpn.watchdog.spec import TreeSpec
+
+# An order for the next incarnation, before it has begun; and the two for the watchdog itself.
+BIRTH = ".birth"
+POLICY, LOOP = "watchdog.policy", "watchdog.loop"
 
 
 def inject(spec: TreeSpec, directory: str) -> TreeSpec:
     """The same tree; its children obey what `order` puts into ``directory``."""
     children = tuple(
-        replace(child, target=Injected(child.target, directory)) for child in spec.children
+        replace(
+            child,
+            target=Injected(child.target, directory),
+            policy=_Policy(**vars(child.policy), orders=directory),
+        )
+        for child in spec.children
     )
-    return replace(spec, children=children)
+    fields = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
+    return _Spec(**{**fields, "children": children, "orders": directory})
 
 
-def order(directory: str, child: str, way: str) -> None:
-    """Have a child misbehave in one of `WAYS`, in the next turn of its loop."""
+def order(directory: str, child: str, way: str, times: int = 1) -> None:
+    """Have a child misbehave in one of `WAYS`, in the next turns of its loop, once in each.
+
+    ``child`` with `BIRTH`: its next incarnations, instead of serving.
+    """
     if way not in WAYS:
         raise ValueError(f"there is no way {way!r}; there are {', '.join(WAYS)}")
-    half = os.path.join(directory, f".{child}")
+    _write(os.path.join(directory, child), f"{way} {times}")
+
+
+def order_bug(directory: str, where: str) -> None:
+    """Have the watchdog meet a bug: `POLICY` or `LOOP`."""
+    _write(os.path.join(directory, where), "raise 1")
+
+
+def take_back(directory: str) -> None:
+    """Withdraw all orders that nobody has obeyed yet."""
+    for name in os.listdir(directory):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(directory, name))
+
+
+def _write(path: str, text: str) -> None:
+    half = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}")
     with open(half, "w", encoding="ascii") as file:
-        file.write(way)
-    os.replace(half, os.path.join(directory, child))
+        file.write(text)
+    os.replace(half, path)
+
+
+def _take(path: str) -> str:
+    """The order that lies there, counted down, or nothing."""
+    try:
+        with open(path, encoding="ascii") as file:
+            way, _, times = file.read().partition(" ")
+        if int(times or 1) > 1:
+            _write(path, f"{way} {int(times) - 1}")
+        else:
+            os.unlink(path)
+    except OSError:  # it is not there, or we may open no files
+        return ""
+    return way.strip()
+
+
+@dataclass(frozen=True)
+class _Policy(RestartPolicy):
+    """A policy that can be made to raise while it decides."""
+
+    orders: str = ""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "healthy_after" and _take(os.path.join(self.orders, POLICY)):
+            raise RuntimeError("chaos")
+        return super().__getattribute__(name)
+
+
+@dataclass(frozen=True)
+class _Spec(TreeSpec):
+    """A spec that can be made to raise in the watchdog's own loop, which asks it for a time."""
+
+    orders: str = ""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "beat_interval" and _take(os.path.join(self.orders, LOOP)):
+            raise RuntimeError("chaos")
+        return super().__getattribute__(name)
 
 
 @dataclass(frozen=True)
@@ -48,6 +123,9 @@ class Injected:
 
     def __call__(self, child: Child, *settings: Any) -> None:
         path = os.path.join(self.directory, child.name)
+        way = _take(path + BIRTH)
+        if way:
+            WAYS[way](child)
         self.target(cast(Child, _Obedient(child, path)), *settings)
 
 
@@ -62,13 +140,9 @@ class _Obedient:
         return getattr(self._child, name)
 
     def turn(self, now: float) -> float:
-        try:
-            with open(self._path, encoding="ascii") as file:
-                way = file.read()
-            os.unlink(self._path)
-        except FileNotFoundError:
-            return self._child.turn(now)
-        WAYS[way](self._child)
+        way = _take(self._path)
+        if way:
+            WAYS[way](self._child)
         return self._child.turn(now)
 
 
@@ -122,6 +196,136 @@ def _pause(_child: Child) -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
+def _partial(child: Child) -> None:
+    os.write(child._birth.up, b"pk\x01")  # noqa: SLF001 - as a write that was cut
+
+
+def _slow(child: Child) -> None:
+    """Every turn takes long, for some seconds; all of them bring it forward."""
+    until, turn = time.monotonic() + _SLOW_FOR, child.turn
+
+    def slow_turn(_now: float) -> float:
+        if time.monotonic() < until:
+            time.sleep(_SLOW_TURN)
+        else:
+            vars(child).pop("turn")
+        return turn(time.monotonic())
+
+    vars(child)["turn"] = slow_turn
+
+
+_SLOW_FOR, _SLOW_TURN = 3.0, 0.1
+
+
+def _flood(child: Child) -> None:
+    """Beats until the pipe is full; none of them is a lie."""
+    for _ in range(4 * 65536 // FRAME_SIZE):
+        child.hurry()
+        child.turn(time.monotonic())
+
+
+def _close_listener(child: Child) -> None:
+    """Nobody looks any more whether somebody knocks."""
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{name}") == "anon_inode:[eventpoll]":
+                with select.epoll.fromfd(os.dup(int(name))) as epoll:
+                    for fd in child.held("listen"):
+                        epoll.unregister(fd)
+
+
+def _leak(_child: Child) -> None:
+    """Take every descriptor that is to be had, and go on."""
+    with contextlib.suppress(OSError):
+        while True:
+            os.dup(0)
+
+
+def _live_thread(child: Child) -> None:
+    threading.Thread(target=_work_for_ever, daemon=True).start()
+    _block(child)
+
+
+def _work_for_ever() -> None:
+    while True:
+        time.sleep(0.01)
+
+
+def _logging_lock(child: Child) -> None:
+    """Somebody else has the lock of a handler, and never lets go of it."""
+    for handler in logging.getLogger().handlers:
+        if handler.lock is not None:
+            threading.Thread(target=handler.lock.acquire, daemon=True).start()
+    time.sleep(0.05)
+    logging.getLogger("pkvpn").error("this line is never written")
+    _block(child)  # only if no handler has a lock
+
+
+def _log_flood(_child: Child) -> None:
+    logger = logging.getLogger("pkvpn")
+    for number in range(20_000):
+        logger.warning("flood %d", number)
+
+
+def _ignore_stop(child: Child) -> None:
+    """Beats, and hears of nothing, until it is killed."""
+    while True:
+        time.sleep(max(0.0, child.turn(time.monotonic())))
+
+
+def _grow(_child: Child) -> None:
+    hoard = []
+    while True:
+        hoard.append(bytearray(os.urandom(1) * (8 << 20)))
+
+
+def _scribble(child: Child) -> None:
+    """A wild write through all that its successor is to find."""
+    memory, at = child.held(f"checkpoint:{child.name}")[0], 0
+    with contextlib.suppress(OSError):  # ENXIO: no more data, the rest is a hole
+        while True:
+            at = os.lseek(memory, at, os.SEEK_DATA)
+            at += os.pwrite(memory, os.urandom(1 << 12), at)
+    _kill(child)
+
+
+def _fork_and(first: Callable[[], object]) -> None:
+    if os.fork() == 0:
+        first()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        while True:
+            time.sleep(60.0)
+
+
+def _sibling(_child: Child) -> None:
+    """What it leaves holds everything open that it had, so no end of file comes."""
+    _fork_and(lambda: None)
+    os._exit(1)
+
+
+def _daemon(_child: Child) -> None:
+    def again() -> None:
+        os.setsid()
+        if os.fork():
+            os._exit(0)
+
+    _fork_and(again)
+    time.sleep(0.05)
+    os._exit(1)
+
+
+def _double_fork(_child: Child) -> None:
+    """Grandchildren that end at once, and whose parents do not wait for them."""
+    for _ in range(20):
+        if os.fork() == 0:
+            if os.fork() == 0:
+                time.sleep(0.05)
+            os._exit(0)
+    for _ in range(20):
+        os.wait()
+
+
 def _segv(_child: Child) -> None:
     ctypes.string_at(0)
 
@@ -132,6 +336,10 @@ def _abort(_child: Child) -> None:
 
 def _exit(_child: Child) -> None:
     os._exit(0)
+
+
+def _exit_1(_child: Child) -> None:
+    os._exit(1)
 
 
 def _raise(_child: Child) -> None:
@@ -152,9 +360,24 @@ WAYS: dict[str, Callable[[Child], None]] = {
     "garbage": _garbage,
     "stop": _stop,
     "pause": _pause,
+    "partial": _partial,
+    "slow": _slow,
+    "flood": _flood,
+    "close-listener": _close_listener,
+    "leak": _leak,
+    "live-thread": _live_thread,
+    "logging-lock": _logging_lock,
+    "log-flood": _log_flood,
+    "ignore-stop": _ignore_stop,
+    "grow": _grow,
+    "scribble": _scribble,
+    "sibling": _sibling,
+    "daemon": _daemon,
+    "double-fork": _double_fork,
     "segv": _segv,
     "abort": _abort,
     "exit": _exit,
+    "exit-1": _exit_1,
     "raise": _raise,
     "kill": _kill,
 }

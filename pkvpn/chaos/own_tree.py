@@ -62,18 +62,24 @@ class OwnTree:
         """``settings``: more of its configuration, TOML.  ``orders``: its children misbehave
         when they are told to (`injector.order`)."""
         # Short: the path of a socket has 108 bytes.
-        self.directory = Path(tempfile.mkdtemp(prefix="pkvpn-chaos-", dir="/tmp"))
+        self.directory = Path(tempfile.mkdtemp(prefix=f"pkvpn-chaos-{os.getpid()}-", dir="/tmp"))
         self.config = self.directory / "pkvpn.toml"
         self.orders = self.directory / "orders" if orders else None
-        # Whose modules run; an upgrade is tried with another copy.
+        # Whose modules run.
         self.code = Path(__file__).resolve().parents[2]
-        self.environment = dict(os.environ)
-        self._settings = settings
+        self.settings = settings
         self._port = 0
         self._process: subprocess.Popen[bytes] | None = None
         self.first_words: dict[str, Any] = {}
         if self.orders is not None:
             self.orders.mkdir()
+
+    def copy_code(self) -> Path:
+        """From the next start on, run a copy of the package, which may be changed; where it is."""
+        package = self.directory / "code" / "pkvpn"
+        shutil.copytree(Path(__file__).resolve().parents[1], package)
+        self.code = package.parent
+        return package
 
     def __enter__(self) -> Self:
         try:
@@ -104,20 +110,7 @@ class OwnTree:
         self, *, prefix: tuple[str, ...] = (), **more: Any
     ) -> tuple[subprocess.Popen[bytes], dict[str, Any]]:
         """Start a watchdog; it and the last of what it says of its start, empty for nothing."""
-        self.write_config()
-        process = subprocess.Popen(
-            [*prefix, *self.command()],
-            **{
-                "stdin": subprocess.DEVNULL,
-                "stdout": subprocess.PIPE,
-                "stderr": subprocess.DEVNULL,  # the same stands in its log
-                # Not where another copy of the package may lie.
-                "cwd": self.directory,
-                "env": self.environment | {"PYTHONPATH": str(self.code)},
-                "start_new_session": True,  # ^C is ours, and we tell it
-                **more,
-            },
-        )
+        process = self.spawn(prefix=prefix, **more)
         assert process.stdout is not None
         answer: dict[str, Any] = {}
         deadline = time.monotonic() + START_TIMEOUT
@@ -136,6 +129,20 @@ class OwnTree:
                     answer = json.loads(line)
         return process, answer
 
+    def spawn(self, *, prefix: tuple[str, ...] = (), **more: Any) -> subprocess.Popen[bytes]:
+        """Start a watchdog and wait for nothing; its words come on its standard output."""
+        self.write_config()
+        settings: dict[str, Any] = {
+            "stdin": subprocess.DEVNULL,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.DEVNULL,  # the same stands in its log
+            # Not where another copy of the package may lie.
+            "cwd": self.directory,
+            "env": {**os.environ, "PYTHONPATH": str(self.code)},
+            "start_new_session": True,  # ^C is ours, and we tell it
+        }
+        return subprocess.Popen([*prefix, *self.command()], **{**settings, **more})
+
     def command(self) -> list[str]:
         orders = [str(self.orders)] if self.orders is not None else []
         return [
@@ -146,13 +153,19 @@ class OwnTree:
     def write_config(self) -> None:
         self.config.write_text(
             '[service]\nstate_dir = "state"\nruntime_dir = "run"\n'
-            f'listen = ["127.0.0.1:{self._port}"]\n{self._settings}',
+            f'listen = ["127.0.0.1:{self._port}"]\n{self.settings}',
             encoding="utf-8",
         )
 
     def ended(self) -> int | None:
         """The watchdog's exit code; None while it runs, or if none is there to ask."""
         return None if self._process is None else self._process.poll()
+
+    def abandon(self) -> subprocess.Popen[bytes]:
+        """Let go of the watchdog, which somebody else is to reap."""
+        assert self._process is not None
+        process, self._process = self._process, None
+        return process
 
     def wait_end(self, within: float = STOP_TIMEOUT) -> int:
         """Wait for the end of the watchdog and of all that was in its tree; the exit code."""
@@ -182,9 +195,17 @@ class OwnTree:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        self.end_by_force()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def end_by_force(self) -> None:
+        """End whatever is left of it, asking nobody."""
+        process, self._process = self._process, None
         if self.holders():
             kill_tree(str(self.runtime), log=lambda _line: None)
-        shutil.rmtree(self.directory, ignore_errors=True)
+        if process is not None:
+            process.kill()
+            process.wait()
 
     # -- asking
 
@@ -230,4 +251,5 @@ class OwnTree:
 
     def journal(self, after: float = 0.0) -> list[dict[str, Any]]:
         """What was written down since a moment of CLOCK_MONOTONIC."""
-        return [e for e in read_entries(str(self.state)) if float(e.get("mono", 0.0)) >= after]
+        entries = read_entries(str(self.state), last=1000)
+        return [entry for entry in entries if float(entry.get("mono", 0.0)) >= after]

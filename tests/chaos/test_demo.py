@@ -11,23 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.chaos.leftovers import directories, leftovers, processes
 from tests.support import eventually
 
 pytestmark = pytest.mark.slow
-
-
-def traces() -> set[str]:
-    """Directories and processes of trees of our own."""
-    places = {str(path) for path in Path("/tmp").glob("pkvpn-chaos-*")}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                words = (entry / "cmdline").read_bytes().decode(errors="replace")
-            except OSError:
-                continue
-            if "pkvpn-chaos-" in words or "pkvpn.chaos" in words:
-                places.add(f"{entry.name} {words}")
-    return places
 
 
 def demo(*words: str) -> subprocess.Popen[str]:
@@ -38,7 +25,6 @@ def demo(*words: str) -> subprocess.Popen[str]:
 
 
 def test_a_demo_kills_children_and_loses_nothing() -> None:
-    before = traces()
     program = demo("--seconds", "5", "--json")
     said, complained = program.communicate(timeout=60)
     assert (program.returncode, complained) == (0, "")
@@ -47,12 +33,11 @@ def test_a_demo_kills_children_and_loses_nothing() -> None:
     assert (found["sessions"], found["lost"], found["refused"]) == (2, 0, 0)
     assert found["arrived"] > 1000
     assert found["longest_silence_ms"] > 0.0
-    assert traces() <= before
+    assert not leftovers(program.pid)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_demo_that_is_interrupted_tells_what_was_and_leaves_nothing(number: int) -> None:
-    before = traces()
     program = demo("--seconds", "60")
     assert program.stdout is not None
     assert program.stderr is not None
@@ -66,21 +51,20 @@ def test_a_demo_that_is_interrupted_tells_what_was_and_leaves_nothing(number: in
         assert (program.wait(20), complained.read()) == (0, "")
     assert "frames" in rest
     assert "2 of 2" in rest
-    assert traces() <= before
+    assert not leftovers(program.pid)
 
 
 def test_of_a_demo_that_is_killed_no_process_is_left() -> None:
-    before = traces()
     program = demo("--seconds", "60")
     assert program.stdout is not None
     assert program.stderr is not None
     with program.stdout as said, program.stderr:
         while "canary" not in said.readline():
             pass
-        (place,) = {one for one in traces() - before if one.startswith("/tmp/")}
+        (place,) = directories(program.pid)
         os.kill(program.pid, signal.SIGKILL)
         program.wait()
-        eventually(lambda: not [one for one in traces() - before if not one.startswith("/tmp/")])
+        eventually(lambda: not processes(program.pid))
     for path in sorted(Path(place).rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
     Path(place).rmdir()

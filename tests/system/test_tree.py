@@ -81,8 +81,9 @@ def visit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Visit]:
         yield made
 
 
-def test_every_way_to_go_wrong_is_tried_here() -> None:
-    assert set(VERDICTS) == set(WAYS) - {"pause"}
+def test_the_ways_to_go_wrong_that_are_tried_here_are_those_of_the_laboratory() -> None:
+    """It has more of them; those it makes in a run of its own (tests/chaos, the catalogue)."""
+    assert set(VERDICTS) < set(WAYS)
 
 
 @pytest.mark.parametrize("name", ["core", "edge-1"])
