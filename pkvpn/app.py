@@ -311,7 +311,9 @@ def _teller(fd: int) -> Callable[[dict[str, Any]], None]:
 
 
 def _print_start(line: dict[str, Any]) -> None:
-    """In the foreground the terminal is who waits for the start."""
+    """In the foreground the terminal is who waits for the start, if there is one."""
+    if sys.stderr is None:
+        return
     if "error" in line:
         sys.stderr.write(f"vpnserver: {line['error']}\n")
     elif "already" in line:

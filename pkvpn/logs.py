@@ -107,11 +107,14 @@ def _wants_colour(stream: TextIO) -> bool:
     return "NO_COLOR" not in os.environ and stream.isatty()
 
 
-def is_journal(stream: TextIO) -> bool:
+def is_journal(stream: TextIO | None) -> bool:
     """Compare with JOURNAL_STREAM, "device:inode" (systemd.exec(5)).
 
     The variable alone proves nothing: it is inherited, and the stream may have been redirected.
+    None, which is what Python makes of a closed standard stream, is no journal.
     """
+    if stream is None:
+        return False
     device, _, inode = os.environ.get("JOURNAL_STREAM", "").partition(":")
     try:
         found = os.fstat(stream.fileno())

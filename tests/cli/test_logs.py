@@ -96,3 +96,7 @@ def test_a_traceback_has_its_own_lines_with_a_priority_each() -> None:
     assert len(text.splitlines()) > 3
     assert all(each.startswith("<3>") for each in text.splitlines())
     assert "broken" in json.loads(logs.JsonFormatter().format(record))["exception"]
+
+
+def test_a_closed_standard_error_is_no_journal() -> None:
+    assert not logs.is_journal(None)
