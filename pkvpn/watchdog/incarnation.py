@@ -67,6 +67,9 @@ class Incarnation:
         self.mute_at = math.inf  # when the end of its lifeline is held against it
         self.dumped_at = -math.inf
         self.snapshot: dict[str, str] = {}
+        self._usage_before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        self._usage: dict[str, float] = {}
+        self._reaped = False
         self.decoder = LifelineDecoder(len(spec.duties))
         self.witness = Witness(spec.duties, spec.accuses)
         self._limits = Limits(
@@ -195,17 +198,43 @@ class Incarnation:
         except OSError:
             return False
 
-    def reap(self) -> tuple[machine.Gone, dict[str, float]]:
-        """Take the exit status and what it used; to be called when the pidfd says it has ended.
+    def how_it_ended(self) -> machine.Gone:
+        """To be called when the pidfd says that it has ended; it is reaped later, by `reap`.
 
         Never waits: a tracer may keep the status for as long as it likes, and then it is not
-        known.  (Two that die in one turn may be reaped by one call of multiprocess' own; then
-        what the second has used is missing in its report.)
+        known.
         """
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        status = self._reap()
+        self._usage_before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        try:
+            found = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            found = None  # somebody else took it; that it has ended is certain
+        if found is None:
+            return machine.Gone(None, None)
+        if found.si_code == os.CLD_EXITED:
+            return machine.Gone(found.si_status, None)
+        return machine.Gone(None, found.si_status, wild=found.si_status in WILD_SIGNALS)
+
+    def reap(self) -> dict[str, float]:
+        """Let the kernel forget it, once; returns what it used.
+
+        (Two that die in one turn may be reaped by one call of multiprocess' own; then what one of
+        them has used stands in the report of the other.)
+        """
+        if self._reaped:
+            return self._usage
+        self._reaped = True
+        before = self._usage_before
+        if self.process is not None:
+            self.process.join(timeout=0)
+            if self.process.exitcode is not None:
+                self.process.close()
+            self.process = None
+        else:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(self.pid, os.WNOHANG)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        usage = {
+        self._usage = {
             "user_s": round(after.ru_utime - before.ru_utime, 6),
             "system_s": round(after.ru_stime - before.ru_stime, 6),
             "minor_faults": after.ru_minflt - before.ru_minflt,
@@ -213,25 +242,7 @@ class Incarnation:
             "voluntary_switches": after.ru_nvcsw - before.ru_nvcsw,
             "involuntary_switches": after.ru_nivcsw - before.ru_nivcsw,
         }
-        if status is None:
-            return machine.Gone(None, None), usage
-        if status < 0:
-            return machine.Gone(None, -status, wild=-status in WILD_SIGNALS), usage
-        return machine.Gone(status, None), usage
-
-    def _reap(self) -> int | None:
-        if self.process is not None:
-            self.process.join(timeout=0)
-            status: int | None = self.process.exitcode
-            if status is not None:
-                self.process.close()
-            self.process = None
-            return status
-        try:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-        except ChildProcessError:
-            return None  # somebody else took it; that it has ended is certain
-        return os.waitstatus_to_exitcode(status) if pid else None
+        return self._usage
 
     # -- going over to the next image
 

@@ -98,7 +98,6 @@ class Slot:
         self.standby: Incarnation | None = None  # forked ahead, to be the next one
         self.standby_at = math.inf  # when one is to be forked
         self.ended: machine.Gone | None = None
-        self.usage: dict[str, float] = {}
         self.number = 0
         self.reason = ""  # why the one before could not start, in its own words
         self.facts: psutil.Process | None = None
@@ -304,7 +303,6 @@ class Supervisor:
             self._contain(slot, lambda: self._hear_standby(slot, priority, now), now)
         elif incarnation in self._dismissed:
             if priority == _DEATHS:
-                incarnation.reap()
                 self._bury(incarnation)
             else:
                 self._selector.unregister(key.fd)
@@ -674,13 +672,14 @@ class Supervisor:
         if incarnation.up in self._selector.get_map():
             self._contain(slot, lambda: self._read_lifeline(slot, now), now)
         self._contain(slot, lambda: incarnation.drain_gifts(slot.kept, dead=True), now)
-        ended, slot.usage = incarnation.reap()
+        ended = incarnation.how_it_ended()
         self._unwatch(incarnation)
         slot.alive, slot.remains, slot.ended = None, incarnation, ended
         if incarnation.was_asked_to_end() and not self._tree.stopping:
             self._entry("stop-asked", by=slot.name)
             self._contain(None, lambda: self._stop(now), now)
         self._contain(slot, lambda: self._after_death(slot, ended, now), now)
+        incarnation.reap()
         incarnation.close()  # what it said is still known; the report has been sent
         self._contain(None, self._end_orphans, now)
         self._contain(None, lambda: self._advance(now), now)
@@ -846,11 +845,11 @@ class Supervisor:
             slot.standby, slot.standby_at = None, now + _STANDBY_AGAIN
             if standby.up in self._selector.get_map():
                 self._read_standby(slot, standby, now)
-            ended, usage = standby.reap()
+            ended = standby.how_it_ended()
             if standby.was_asked_to_end() and not self._tree.stopping:
                 self._entry("stop-asked", by=slot.name)
                 self._stop(now)
-            self._report(slot, standby, now, ended, usage)
+            self._report(slot, standby, now, ended)
             self._bury(standby)
 
     def _read_standby(self, slot: Slot, standby: Incarnation, now: float) -> None:
@@ -880,6 +879,7 @@ class Supervisor:
     def _bury(self, incarnation: Incarnation) -> None:
         self._dismissed.discard(incarnation)
         self._unwatch(incarnation)
+        incarnation.reap()
         incarnation.close()
 
     # -- what is written down
@@ -899,7 +899,7 @@ class Supervisor:
 
     def _report_death(self, slot: Slot, now: float) -> None:
         if slot.remains is not None and slot.ended is not None:
-            self._report(slot, slot.remains, now, slot.ended, slot.usage)
+            self._report(slot, slot.remains, now, slot.ended)
 
     def _dump_report(self, slot: Slot, incarnation: Incarnation, now: float) -> None:
         """An operator asked for the stacks (QUIT); the child goes on."""
@@ -907,7 +907,7 @@ class Supervisor:
             return
         incarnation.dumped_at = now
         incarnation.snapshot = procfs.snapshot_text(incarnation.pid)
-        self._report(slot, incarnation, now, machine.Gone(None, None), {}, verdict="asked")
+        self._report(slot, incarnation, now, machine.Gone(None, None), verdict="asked")
         incarnation.forget_stacks()
 
     def _report(
@@ -916,13 +916,10 @@ class Supervisor:
         incarnation: Incarnation,
         now: float,
         ended: machine.Gone,
-        usage: dict[str, float],
         verdict: str = "",
     ) -> None:
         try:
-            self._log_pipe.send_report(
-                self._build_report(slot, incarnation, now, ended, usage, verdict)
-            )
+            self._log_pipe.send_report(self._build_report(slot, incarnation, now, ended, verdict))
         except Exception as error:  # noqa: BLE001 - evidence is never worth the tree
             self._entry("report-failed", child=slot.name, reason=repr(error))
 
@@ -932,7 +929,6 @@ class Supervisor:
         incarnation: Incarnation,
         now: float,
         ended: machine.Gone,
-        usage: dict[str, float],
         verdict: str,
     ) -> dict[str, Any]:
         return report.build(
@@ -944,7 +940,7 @@ class Supervisor:
             why=slot.machine.why.value,
             signal=ended.signal,
             exit_code=ended.code,
-            rusage=usage,
+            rusage=incarnation.reap() if verdict != "asked" else {},
             stacks=incarnation.read_stacks(),
             snapshot=incarnation.snapshot,
             beats=[(now - at, beat) for at, beat in incarnation.beats],
