@@ -965,6 +965,8 @@ class Edge:
         self._protect(peer, connection, secrets)
         self._say(channel.Opened(peer.conn, peer.peer, peer.local, identity.tls))
         self._work(peer)
+        # Most clients have sent their first request by now, and the core then wakes once.
+        self._read(peer)
         self._flush(peer)
 
     def _protect(self, peer: Peer, connection: Connection, secrets: Secrets | None) -> None:
@@ -1161,7 +1163,9 @@ class Edge:
         self._counted.pop(peer.conn, None)
         connection = peer.connection
         if connection is not None:
-            self._say(channel.Counts(peer.conn, *connection.counts()))
+            counts = connection.counts()
+            if any(counts[:4]) or any(counts[4]):
+                self._say(channel.Counts(peer.conn, *counts))
             self._say(channel.Closed(peer.conn, why[:200]))
 
     def _shut(self, peer: Peer) -> None:
