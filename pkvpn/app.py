@@ -15,6 +15,7 @@ import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pkvpn import logs
@@ -127,7 +128,7 @@ class Service:
     def _children(self, edges: list[str], bridges: tuple[str, ...]) -> list[ChildSpec]:
         return [
             self._core(bridges),
-            *(self._edge(i, name) for i, name in enumerate(edges)),
+            *(self._edge(i, name, len(edges)) for i, name in enumerate(edges)),
             self._canary(edges),
         ]
 
@@ -144,7 +145,7 @@ class Service:
             standby=self.settings.watchdog.standby,
         )  # fmt: skip
 
-    def _edge(self, index: int, name: str) -> ChildSpec:
+    def _edge(self, index: int, name: str, edges: int) -> ChildSpec:
         edge, state = self.settings.edge, self.settings.service.state_dir
         settings = EdgeSettings(
             index=index + 1,
@@ -153,6 +154,7 @@ class Service:
             max_connections=edge.connections_max,
             max_per_address=edge.connections_per_address,
             login_timeout=edge.login_timeout,
+            memory_max=edge.memory_max or _memory() // 4 // edges,
         )
         return self._child(
             name, edge_main, settings,
@@ -343,6 +345,20 @@ def _canary_secret() -> list[int]:
     fd = os.memfd_create("canary", os.MFD_CLOEXEC)
     os.write(fd, os.urandom(_CANARY_SECRET))
     return [fd]
+
+
+def _memory() -> int:
+    """Of the machine, or what the control groups leave of it, in bytes."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with contextlib.suppress(OSError):
+        # cgroups(7): the line of version 2 is "0::/path".
+        text = Path("/proc/self/cgroup").read_text(encoding="utf-8")
+        path = next((line[3:] for line in text.splitlines() if line.startswith("0::")), "/")
+        group = Path("/sys/fs/cgroup") / path.lstrip("/")
+        for one in (group, *group.parents):
+            with contextlib.suppress(OSError, ValueError):  # "max": no limit
+                limits.append(int((one / "memory.max").read_text(encoding="ascii")))
+    return min(limits)
 
 
 def _checkpoint(name: str) -> int:

@@ -306,6 +306,15 @@ class Edge:
     connections_per_address: int = _count(
         0, 0, 100000, "How many of them may come from one address; 0 is no limit."
     )
+    memory_max: int = _count(
+        0,
+        0,
+        1 << 40,
+        "How much memory one edge process may use for what its connections have not taken or sent "
+        "yet. Above it nobody new is let in, and clients that do not read lose frames sooner. "
+        "0 is automatic: a quarter of the machine's (or the control group's) for all edges.",
+        " (bytes)",
+    )
     login_timeout: float = _seconds(
         30.0, 1.0, 600.0, "How long a connection may take from accept to login."
     )

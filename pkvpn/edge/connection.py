@@ -281,7 +281,8 @@ class OwnRecords:
         self.consume(self._consumed + size)
 
     def room(self) -> int:
-        room = self.tx.room() - _RESERVE
+        tx = self.tx
+        room = tx.limit - (tx.end - tx.start) - _RESERVE
         return max(0, room - OVERHEAD * (room // MAX_RECORD + 1))
 
     def write(self, buffer: memoryview, start: int, end: int) -> None:
@@ -778,7 +779,8 @@ class Connection:
         room = self.records.room()
         if end - start > room:
             end, fit, octets = _cut(buffer, start, start + room)
-            self.drop(EdgeDrop.SLOW_CLIENT, frames - fit)
+            short = self.tx.limit < self.tx.size
+            self.drop(EdgeDrop.NO_MEMORY if short else EdgeDrop.SLOW_CLIENT, frames - fit)
             frames = fit
             if not frames:
                 return

@@ -268,7 +268,7 @@ class OpenSSLRecords:
 
     def room(self) -> int:
         # TLS 1.2 adds 29 bytes to each 16 KiB; the rest is for what must always fit.
-        room = self._tx.room() - 1024
+        room = self._tx.limit - (self._tx.end - self._tx.start) - 1024
         return max(0, room - 64 * (room // 16384 + 1))
 
     def write(self, buffer: memoryview, start: int, end: int) -> None:

@@ -75,11 +75,18 @@ _RESERVE = 8
 # Who waits for a place here and not in the kernel, since somebody of ours may wait behind them.
 _MAX_WAITING = 1024
 
-# Of an empty ring; whole pages.
+# Of a ring; whole pages.
 _KEPT_MEMORY = 16384
+_PAGE = mmap.PAGESIZE
+# What OpenSSL allocates for one connection from its first byte on.
+_OPENSSL_MEMORY = 48 << 10
+# While memory is short, a client that does not read has so much of its send ring.
+_SHORT_RING = 32768
 
-# New connections in one turn: with an RSA key a handshake takes a millisecond or two.
-_ACCEPTS_PER_TURN = 16
+# New connections in one turn.
+_ACCEPTS_PER_TURN = 64
+# Handshakes under way.  Where there are more, the oldest ones have come to nothing.
+_MAX_HANDSHAKES = 1024
 # Steps of handshakes in one turn, for the same reason: frames wait for it.
 _HANDSHAKES_PER_TURN = 8
 # Messages of the core in one turn.
@@ -127,7 +134,10 @@ class EdgeSettings:
     max_connections: int = 10000
     max_per_address: int = 0  # 0: no limit
     login_timeout: float = 30.0  # from accept to the data phase, however busy the client is
-    login_bytes: int = 262144
+    # From the first byte to the data phase.  A login is some kilobytes.
+    login_bytes: int = 65536
+    # All rings, and what OpenSSL has; 0: no limit.
+    memory_max: int = 0
     # Whole pages; a receive ring holds more than the longest request.
     receive_ring: int = 262144
     send_ring: int = 524288
@@ -167,6 +177,7 @@ class Peer:
         "handshake",
         "interest",
         "local",
+        "ours",
         "peer",
         "received",
         "sent",
@@ -184,7 +195,8 @@ class Peer:
         self.address = ""
         self.peer = ""
         self.local = ""
-        # Until the handshake is done, then None.
+        self.ours = False  # from this machine itself, as the canary is
+        # From its first byte until the handshake is done.
         self.handshake: Handshake | None = None
         self.unsent = b""
         self.received = 0
@@ -287,6 +299,11 @@ class Edge:
         self._asked: dict[int, float] = {}
         # Connections that are not in the data phase, the one that waits longest first.
         self._strangers: dict[int, None] = {}
+        # Handshakes under way, the oldest first; and connections that wait to begin one.
+        self._shaking: dict[int, None] = {}
+        self._unshaken: list[int] = []
+        self._openssl: set[int] = set()  # connections for which it has memory
+        self._short = False  # of memory
         self._not_given: set[int] = set()
         self._not_dropped: set[bytes] = set()
         self._counted: dict[int, tuple[int, int, int, int, tuple[int, ...]]] = {}
@@ -596,14 +613,14 @@ class Edge:
             if peer is None:
                 if fd in self._listeners:
                     calling.append(self._listeners[fd])
-            elif peer.handshake is None:
+            elif peer.connection is not None:
                 self._ready(peer, event)
             else:
                 shaking.append((peer, event))
         # The others come again with the next turn.  The newest first: where there are more than can
         # be served, whoever has waited for long has mostly given up, and a queue that is served in
-        # its order serves nobody in time.
-        shaking.sort(key=lambda item: item[0].conn, reverse=True)
+        # its order serves nobody in time.  The canary before all.
+        shaking.sort(key=lambda item: (item[0].ours, item[0].conn), reverse=True)
         for peer, event in shaking[:_HANDSHAKES_PER_TURN]:
             self._ready(peer, event)
         for listener in calling:
@@ -624,12 +641,15 @@ class Edge:
         now = self.now
         self._accept_or_not()
         self._accept_our_own()
+        self._end_old_handshakes()
         for conn in list(self._not_given):
             self._give(self._peers[conn])
         for key in list(self._not_dropped):
             self._drop(key)
         for key, why in self.child.refusals():
             _log.warning("connection %s is not protected: %s", key.hex(), why)
+        if self.settings.memory_max:
+            self._watch_memory(self.settings.memory_max)
         if not self._sweeping:
             self._sweeping = True
             self._chores.append(self._sweep())
@@ -659,8 +679,11 @@ class Edge:
             if peer.conn in self._peers:
                 self._expire(peer)
                 connection = peer.connection
-                if connection is not None and memory:
-                    self._give_back_memory(peer, connection)
+                if connection is not None:
+                    if memory or self._short:
+                        self._give_back_memory(peer, connection)
+                    tx = connection.tx
+                    tx.limit = min(_SHORT_RING, tx.size) if self._short else tx.size
                 if connection is not None and counts:
                     self._report_counts(peer, connection)
                 if connection is not None and seen:
@@ -692,14 +715,44 @@ class Edge:
         except ConnectionEnds as error:
             self._close(peer, str(error))
 
+    def _watch_memory(self, limit: int) -> None:
+        """Keep what all connections use together below the limit, or near it.
+
+        While memory is short nobody new is taken in, and the sweep has what holds nothing given
+        back and clients that do not read lose frames sooner.  If that is not enough, those end for
+        which most is kept.
+        """
+        used = os.fstat(self._lock).st_blocks * 512 + len(self._openssl) * _OPENSSL_MEMORY
+        # Not there and back with every tick.
+        short = used > (limit - limit // 8 if self._short else limit)
+        if short != self._short:
+            self._short = short
+            state = "short" if short else "enough again"
+            _log.warning("memory is %s: %d of %d MiB", state, used >> 20, limit >> 20)
+        if used > limit + limit // 4:
+            self._end_largest(used - limit)
+
+    def _end_largest(self, excess: int) -> None:
+        peers = [peer for peer in self._peers.values() if peer.connection is not None]
+        peers.sort(key=_queued, reverse=True)
+        for peer in peers:
+            if excess <= 0 or _queued(peer) <= _SHORT_RING:
+                return
+            excess -= _queued(peer)
+            if not peer.deadline:  # else it is ending already
+                self._turn.refusals[Refusal.NO_MEMORY] += 1
+                self._close(peer, "no memory for what it does not read")
+
     def _give_back_memory(self, peer: Peer, connection: Connection) -> None:
-        """Rings that are empty keep a little; what has been touched above it is given back."""
+        """Rings keep a little; what holds nothing of the rest is given back."""
         if peer.slot is None:
             return
         for ring, at in zip((connection.rx, connection.tx), peer.slot.rings_at(), strict=True):
-            if ring.high > _KEPT_MEMORY and ring.base == ring.end:
-                self._punch(at + _KEPT_MEMORY, ring.size - _KEPT_MEMORY)
-                ring.high = _KEPT_MEMORY
+            if ring.high > _KEPT_MEMORY or ring.end - ring.base > _KEPT_MEMORY:
+                for begin, end in ring.spare(_KEPT_MEMORY):
+                    first, behind = -(-begin // _PAGE) * _PAGE, end // _PAGE * _PAGE
+                    if first < behind:
+                        self._punch(at + first, behind - first)
 
     def _punch(self, at: int, size: int) -> None:
         try:
@@ -766,7 +819,10 @@ class Edge:
         return self._tls.loaded and len(self._backlog) < _MAX_BACKLOG and not self.child.stopping
 
     def _is_full(self) -> bool:
-        return self._taken() >= self.settings.max_connections and not self._can_make_room()
+        return self._has_no_place() and not self._can_make_room()
+
+    def _has_no_place(self) -> bool:
+        return self._short or self._taken() >= self.settings.max_connections
 
     def _taken(self) -> int:
         """How many places are."""
@@ -806,7 +862,8 @@ class Edge:
                 elif len(self._waiting) < _MAX_WAITING:
                     self._waiting.append((sock, address, self.now + self.settings.login_timeout))
                 else:
-                    self._turn.refusals[Refusal.NO_PLACE] += 1
+                    why = Refusal.NO_MEMORY if self._short else Refusal.NO_PLACE
+                    self._turn.refusals[why] += 1
                     sock.close()
 
     def _accept_some(self, listener: socket.socket) -> None:
@@ -846,8 +903,8 @@ class Edge:
         peer.peer = f"{address[0]}:{address[1]}"
         local = sock.getsockname()
         peer.local = f"{local[0]}:{local[1]}"
-        peer.handshake = self._tls.begin()
-        if self._taken() >= self.settings.max_connections and self._can_make_room():
+        peer.ours = address[0] == local[0]
+        if self._has_no_place() and self._can_make_room():
             self._make_room()
         self._add(peer)
         self._strangers[peer.conn] = None
@@ -865,7 +922,7 @@ class Edge:
 
     def _ready(self, peer: Peer, event: int) -> None:
         try:
-            if peer.handshake is not None:
+            if peer.connection is None:
                 self._shake(peer, event)
             else:
                 if event & select.EPOLLOUT:
@@ -878,8 +935,9 @@ class Edge:
             self._gone(peer, error.strerror or str(error))
 
     def _shake(self, peer: Peer, event: int) -> None:
-        handshake = peer.handshake
-        assert handshake is not None  # the caller looked
+        handshake = peer.handshake or self._begin_handshake(peer, event)
+        if handshake is None:
+            return
         if peer.unsent:
             self._send_unsent(peer)
         if not event & (select.EPOLLIN | select.EPOLLERR | select.EPOLLHUP):
@@ -907,6 +965,43 @@ class Edge:
         if handshake.done:
             self._open(peer, handshake)
 
+    def _begin_handshake(self, peer: Peer, event: int) -> Handshake | None:
+        """Not before its first byte: it is the memory that makes a stranger dear.
+
+        None: it waits for another's to end.
+        """
+        if event & (select.EPOLLERR | select.EPOLLHUP):
+            self._gone(peer, "connection reset")
+            return None
+        if len(self._shaking) >= _MAX_HANDSHAKES and not peer.ours:
+            self._watch(peer, 0)
+            self._unshaken.append(peer.conn)
+            return None
+        peer.handshake = self._tls.begin()
+        self._shaking[peer.conn] = None
+        self._openssl.add(peer.conn)
+        return peer.handshake
+
+    def _end_handshake(self, conn: int) -> None:
+        """To be called when it has succeeded or the connection is gone."""
+        if conn in self._shaking:
+            del self._shaking[conn]
+            while self._unshaken:
+                # The newest again.
+                waiting = self._peers.get(self._unshaken.pop())
+                if waiting is not None:
+                    self._watch(waiting, select.EPOLLIN)
+                    break
+
+    def _end_old_handshakes(self) -> None:
+        """While others wait to begin theirs.  To be called some times a second."""
+        for _ in range(min(len(self._unshaken), len(self._shaking))):
+            oldest = self._peers[next(iter(self._shaking))]
+            if self.now - oldest.accepted_at <= _STRANGER_STAYS:
+                return
+            self._turn.refusals[Refusal.MADE_ROOM] += 1
+            self._gone(oldest, "others wait to begin their handshakes")
+
     def _send_unsent(self, peer: Peer) -> None:
         if peer.unsent:
             try:
@@ -924,11 +1019,15 @@ class Edge:
             # The memory was made for fewer connections than the settings allow now.
             self._gone(peer, "no slot left")
             return
+        self._end_handshake(peer.conn)
         secrets = handshake.secrets()
+        if secrets:
+            self._openssl.discard(peer.conn)
         leftover = handshake.leftover() if secrets else b""
         start = peer.received - len(leftover)
         rx = Ring(slot.rx_memory, start, start, start)
         tx = Ring(slot.tx_memory, peer.sent, peer.sent, peer.sent)
+        rx.high = tx.high = 0  # what another had of it has been given back
         rx.append(leftover)
         tx.append(peer.unsent)
         records: Records
@@ -1000,6 +1099,9 @@ class Edge:
             return
         rx = connection.rx
         piece = rx.free()
+        if connection.mode is Mode.HTTP:
+            # What is too much for a login has no need of memory; one byte more ends it.
+            piece = piece[: max(1, self.settings.login_bytes + 1 - rx.end)]
         if connection.slot is not None:
             connection.slot.set_dirty(True)
         try:
@@ -1193,6 +1295,8 @@ class Edge:
             connection.closing = why
         self._epoll_forget(peer)
         self._strangers.pop(peer.conn, None)
+        self._end_handshake(peer.conn)
+        self._openssl.discard(peer.conn)
         self._not_given.discard(peer.conn)
         left = self._per_address[peer.address] - 1
         if left:
@@ -1411,6 +1515,13 @@ class Edge:
 def _key(conn: int) -> bytes:
     """Under which the watchdog has the connection's descriptor."""
     return conn.to_bytes(8, "big")
+
+
+def _queued(peer: Peer) -> int:
+    """How many bytes are kept for a connection that has been opened."""
+    assert peer.connection is not None  # it is open
+    rx, tx = peer.connection.rx, peer.connection.tx
+    return rx.end - rx.start + tx.end - tx.start
 
 
 def _network(host: str) -> str:

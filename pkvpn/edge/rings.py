@@ -13,7 +13,7 @@ class Ring:
     Always: start <= end <= start + size, and base <= start.
     """
 
-    __slots__ = ("base", "end", "high", "memory", "size", "start")
+    __slots__ = ("base", "end", "high", "limit", "memory", "size", "start")
 
     def __init__(self, memory: memoryview, start: int, end: int, base: int) -> None:
         if not base <= start <= end <= start + len(memory):
@@ -27,6 +27,8 @@ class Ring:
         # How much of the memory may have been touched; for who gives it back.  What a
         # predecessor touched is not known.
         self.high = self.size
+        # Who puts much in should stop there: `size`, or less while memory is short.
+        self.limit = self.size
 
     def room(self) -> int:
         return self.size - (self.end - self.start)
@@ -75,3 +77,20 @@ class Ring:
         """What lies at ``start``, in one piece; there may be more in a second one."""
         at = (self.start - self.base) % self.size
         return self.memory[at : at + min(self.size - at, self.end - self.start)]
+
+    def spare(self, kept: int) -> list[tuple[int, int]]:
+        """The stretches of the memory (from, to) that hold nothing and may have been touched;
+        without the first ``kept`` bytes, which are touched again by whatever comes.
+
+        To be given back, all of them, by the caller.
+        """
+        touched = max(self.high, min(self.end - self.base, self.size))
+        self.high = 0
+        first, behind = (self.start - self.base) % self.size, (self.end - self.base) % self.size
+        if self.start == self.end:
+            pieces = [(0, touched)]
+        elif first < behind:
+            pieces = [(0, first), (behind, touched)]
+        else:
+            pieces = [(behind, first)]
+        return [(max(kept, begin), end) for begin, end in pieces if max(kept, begin) < end]

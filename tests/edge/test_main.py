@@ -677,6 +677,83 @@ def test_who_holds_connections_open_keeps_nobody_out(pem: Pem) -> None:
         tree.close()
 
 
+def memory_of(tree: FakeTree) -> int:
+    return os.fstat(tree.checkpoint).st_blocks * 512
+
+
+def test_a_stranger_has_little_memory(tree: FakeTree) -> None:
+    before = memory_of(tree)
+    strangers = [Client(tree) for _ in range(10)]
+    request = b"POST /x HTTP/1.1\r\nContent-Length: 40000\r\n\r\n" + bytes(40000)
+    for stranger in strangers:
+        stranger.sock.sendall(request[:-1])
+    eventually(lambda: memory_of(tree) - before > 10 * 40000)
+    stranger = strangers[0]
+    stranger.sock.sendall(request[-1:])
+    tree.core.wait_for(channel.Request)
+    tree.core.say(channel.State(stranger.conn, 1, b"no", Mode.HTTP, "", 0.0, False, b""))
+    assert stranger.read(2) == b"no"
+    stranger.sock.sendall(request)
+    assert "more than 65536 bytes before a login" in tree.core.wait_for(channel.Closed).why
+    # Two pages for its slot, two rings that may begin and end within a page.
+    assert memory_of(tree) - before < 10 * (65536 + 6 * 4096)
+
+
+def test_all_together_have_so_much_memory_and_who_reads_gets_his_frames(pem: Pem) -> None:
+    limit = 2 << 20
+    tree = FakeTree(
+        EdgeSettings(index=1, certificate=str(pem.cert), key=str(pem.key), memory_max=limit)
+    )
+    tree.start()
+    try:
+        quick = Client(tree).login()
+        slow = [Client(tree, buffer=4096).login() for _ in range(10)]
+        blocks = channel.join_blocks([frame(A, B, 1514)] * 40)
+
+        def refused() -> dict[str, int]:
+            for _ in range(10):
+                tree.core.say(channel.FramesOut(tuple(one.conn for one in slow), blocks))
+            tree.core.say(channel.FramesOut((quick.conn,), channel.join_blocks([frame(A, B)])))
+            assert quick.read_frames(1) == [frame(A, B)]
+            # It lies above the limit for a moment, and never by as much as all could take.
+            assert memory_of(tree) < 2 * limit
+            tree.core.control.setblocking(False)
+            try:
+                totals = tree.core.wait_for(channel.Totals)
+            except BlockingIOError:
+                return {}
+            return {why.value: n for why, n in zip(EdgeDrop, totals.drops, strict=True) if n}
+
+        eventually(lambda: refused().get("no memory"), within=20.0)
+        tree.core.control.settimeout(10)
+        for one in slow:
+            one.close()
+        # There is enough again, for new ones as well.
+        Client(tree).login()
+    finally:
+        tree.close()
+
+
+def test_handshakes_that_come_to_nothing_make_room(pem: Pem) -> None:
+    tree = FakeTree(EdgeSettings(index=1, certificate=str(pem.cert), key=str(pem.key)))
+    tree.start(before=lambda: setattr(main, "_MAX_HANDSHAKES", 3))
+    source = ("127.0.0.2", 0)  # not from where it listens: nobody of ours
+    try:
+        for _ in range(8):
+            tree.clients.append(socket.create_connection(tree.address, source_address=source))
+            tree.clients[-1].sendall(b"\x16\x03\x01")
+        Client(tree).login()  # one of ours does not wait
+        other = socket.create_connection(tree.address, 10, source)
+        tree.clients.append(other)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        tree.clients[-1] = context.wrap_socket(other)
+        totals = tree.core.wait_for(channel.Totals)
+        assert totals.refusals[list(channel.Refusal).index(channel.Refusal.MADE_ROOM)] >= 2
+    finally:
+        tree.close()
+
+
 def test_one_network_of_ipv6_counts_as_one_address() -> None:
     one, two = main._network("2001:db8::1"), main._network("2001:db8::2:0:0:1")
     assert one == two != main._network("2001:db8:0:1::1")

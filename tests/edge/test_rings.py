@@ -62,3 +62,32 @@ def test_an_empty_ring_goes_on_at_the_first_byte_of_its_memory() -> None:
 def test_numbers_that_make_no_ring_are_refused(start: int, end: int, base: int) -> None:
     with pytest.raises(ValueError, match="no ring of 16"):
         Ring(memoryview(bytearray(16)), start, end, base)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["append", "take", "rewind", "spare"]), st.integers(0, 20))),
+    st.integers(0, 8),
+)
+def test_what_is_given_back_held_nothing_and_nothing_else_is_touched(
+    steps: list[tuple[str, int]], kept: int
+) -> None:
+    memory = bytearray(16)
+    ring = Ring(memoryview(memory), 100, 100, 100)
+    held = b""
+    for number, (what, wish) in enumerate(steps, 1):
+        if what == "append":
+            data = bytes([number % 255 + 1]) * min(wish, ring.room())
+            ring.append(data)
+            held += data
+        elif what == "take":
+            size = min(wish, len(held))
+            ring.start += size
+            held = held[size:]
+        elif what == "rewind":
+            ring.rewind()
+        else:
+            for begin, end in ring.spare(kept):
+                memory[begin:end] = bytes(end - begin)
+            left = sum(map(bool, memory[kept:]))
+            assert left <= len(held)
+        assert bytes(ring.view(ring.start, len(held))) == held
