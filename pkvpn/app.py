@@ -32,8 +32,9 @@ from pkvpn.taps import Taps
 from pkvpn.watchdog import control
 from pkvpn.watchdog.logchild import LogSettings
 from pkvpn.watchdog.policy import OnLimit, RestartPolicy
+from pkvpn.watchdog.run import run_tree
 from pkvpn.watchdog.spec import ChildSpec, HeldSpec, TreeSpec, Upgrade
-from pkvpn.watchdog.supervisor import EXIT_START_FAILED, run_tree
+from pkvpn.watchdog.supervisor import EXIT_START_FAILED
 from pkvpn.watchdog.upgrade import is_copy
 from pkvpn.watchdog.witness import Accuses
 

@@ -20,8 +20,8 @@ from pkvpn.app import Service
 from pkvpn.chaos.injector import inject
 from pkvpn.config import load, make_directories
 from pkvpn.watchdog.child import set_death_signal
+from pkvpn.watchdog.run import run_tree
 from pkvpn.watchdog.spec import TreeSpec
-from pkvpn.watchdog.supervisor import run_tree
 
 
 def main(argv: list[str]) -> int:

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from pkvpn.watchdog.child import Child, Duty
     from pkvpn.watchdog.control import ControlError, ask
     from pkvpn.watchdog.policy import OnLimit, RestartPolicy
+    from pkvpn.watchdog.run import run_tree
     from pkvpn.watchdog.spec import ChildSpec, HeldSpec, Restart, TreeSpec
-    from pkvpn.watchdog.supervisor import run_tree
 
 _HOMES = {
     "Child": "child",
@@ -36,7 +36,7 @@ _HOMES = {
     "HeldSpec": "spec",
     "Restart": "spec",
     "TreeSpec": "spec",
-    "run_tree": "supervisor",
+    "run_tree": "run",
 }
 
 __all__ = [

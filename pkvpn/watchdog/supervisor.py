@@ -17,30 +17,26 @@ import logging
 import math
 import os
 import random
-import resource
 import selectors
 import signal
 import socket
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-import psutil
-
 from pkvpn.watchdog import control, instance, machine, procfs, report, sweep, upgrade
 from pkvpn.watchdog.child import ALL_SIGNALS, Birth
-from pkvpn.watchdog.held import GIVEN_FLOOR, HeldDescriptors, Kept
+from pkvpn.watchdog.held import HeldDescriptors
 from pkvpn.watchdog.home import Home
 from pkvpn.watchdog.incarnation import ChildEnds, Incarnation
 from pkvpn.watchdog.lifeline import FRAME_SIZE, CorruptLifeline, Kind, Order, Said
 from pkvpn.watchdog.logchild import WATCHDOG, LogPipe, LogSettings
 from pkvpn.watchdog.logchild import main as log_main
-from pkvpn.watchdog.machine import ChildMachine, State
+from pkvpn.watchdog.machine import State
+from pkvpn.watchdog.slot import Slot, is_over, make_slots
 from pkvpn.watchdog.spec import LOG_CHILD, ChildSpec, HeldSpec, TreeSpec, Upgrade
-from pkvpn.watchdog.titles import set_title
 from pkvpn.watchdog.tree import Rollover, Tree
 from pkvpn.watchdog.upgrade import Trial
 from pkvpn.watchdog.verdict import Beat, Condemn, Continue, Look, Note, Verdict, glance
@@ -87,30 +83,6 @@ _SIGNALS, _LIFELINES, _DEATHS, _TRIAL, _CONTROL, _HOME = range(6)
 Report = Callable[[dict[str, Any]], None]
 
 
-class Slot:
-    """One child of the tree over all its incarnations."""
-
-    def __init__(self, spec: ChildSpec, given_floor: int) -> None:
-        self.machine = ChildMachine(spec)
-        self.kept = Kept(spec.keep_limit, given_floor)
-        self.alive: Incarnation | None = None
-        self.remains: Incarnation | None = None  # of the one that has just ended
-        self.standby: Incarnation | None = None  # forked ahead, to be the next one
-        self.standby_at = math.inf  # when one is to be forked
-        self.ended: machine.Gone | None = None
-        self.number = 0
-        self.reason = ""  # why the one before could not start, in its own words
-        self.facts: psutil.Process | None = None
-
-    @property
-    def spec(self) -> ChildSpec:
-        return self.machine.spec
-
-    @property
-    def name(self) -> str:
-        return self.spec.name
-
-
 class Supervisor:
     """Runs one tree from the first child to the last."""
 
@@ -147,7 +119,7 @@ class Supervisor:
         self._back_at = 0.0  # when we were last away
         self._dismissed: set[Incarnation] = set()  # standbys that are being killed
         self._home_at = math.inf  # when what is missing in the runtime directory is made again
-        self._slots = _make_slots(self._all_children(spec))
+        self._slots = make_slots(self._all_children(spec))
         self._tree = Tree([slot.machine for slot in self._slots.values()])
         self._by_machine = {id(slot.machine): slot for slot in self._slots.values()}
 
@@ -394,7 +366,7 @@ class Supervisor:
         if blocked is not None:
             slot = self._by_machine[id(blocked)]
             said = slot.remains.said if slot.remains is not None else ""
-            self._fail(f"{slot.name} does not start: {said or _last_end(slot)}")
+            self._fail(f"{slot.name} does not start: {said or slot.last_end()}")
 
     def _fail(self, why: str) -> None:
         self._exit = EXIT_START_FAILED
@@ -1155,7 +1127,7 @@ class Supervisor:
                 "upgrade": self._upgrade_state(),
                 "held": self._held.counts(),
             },
-            "children": [self._child_status(slot, now) for slot in self._slots.values()],
+            "children": [slot.status(now) for slot in self._slots.values()],
             **self._extra_status(),
         }
 
@@ -1172,56 +1144,9 @@ class Supervisor:
             return State.STOPPING.value
         if not self._tree.ready:
             return State.STARTING.value
-        found = {one.machine.state for one in self._slots.values() if not _is_over(one.machine)}
+        found = {one.machine.state for one in self._slots.values() if not is_over(one.machine)}
         worst = (State.FAILED, State.FAILING, State.BACKOFF, State.STOPPING, State.STARTING)
         return next((state.value for state in worst if state in found), State.UP.value)
-
-    def _child_status(self, slot: Slot, now: float) -> dict[str, Any]:
-        alive = slot.alive
-        status: dict[str, Any] = {
-            "name": slot.name,
-            "pid": None,
-            "state": slot.machine.state.value,
-            "why": slot.machine.why.value,
-            "verdict": "ok",
-            "restarts": slot.machine.restarts,
-            "uptime": None,
-            "last_beat_age": None,
-            "loop_lag": None,
-            "cpu": None,
-            "rss": None,
-            "fds": None,
-            "kept": len(slot.kept.descriptors),
-            "kept_limit": slot.kept.limit,
-            "kept_refused": slot.kept.refused,
-            "undead": slot.machine.undead,
-            "standby": slot.standby.pid if slot.standby is not None else None,
-        }
-        if alive is None:
-            return status
-        status["pid"] = alive.pid
-        status["verdict"] = alive.condemned or alive.judge.verdict
-        status["uptime"] = round(now - alive.started_at, 3)
-        if alive.beats:
-            at, beat = alive.beats[-1]
-            status["last_beat_age"] = round(now - at, 3)
-            status["loop_lag"] = round(beat.lag, 4)
-            status["duties"] = {
-                name: {"done": done, "waiting": round(now - since, 3) if since else 0.0}
-                for name, (done, since) in zip(slot.spec.duties, beat.duties, strict=True)
-            }
-        try:
-            if slot.facts is None:
-                slot.facts = psutil.Process(alive.pid)
-            with slot.facts.oneshot():
-                status["cpu"] = slot.facts.cpu_percent(None)
-                status["rss"] = slot.facts.memory_info().rss
-            # Not psutil's: a listing leaves an entry of each descriptor in the kernel's cache,
-            # which costs 16 ms at the death of a process that had ten thousand.
-            status["fds"] = procfs.fd_count(alive.pid)
-        except psutil.Error:
-            pass  # ended just now, or /proc does not show it: the rest still counts
-        return status
 
     def _extra_status(self) -> dict[str, Any]:
         return self._more_status() if self._more_status is not None else {}
@@ -1249,93 +1174,6 @@ class Supervisor:
 # --- pieces of the shell that need no supervisor ------------------------------------------
 
 
-def _make_slots(children: list[ChildSpec]) -> dict[str, Slot]:
-    """Each child with a band of numbers for what it gives, so that the others close it at once."""
-    slots, floor = {}, GIVEN_FLOOR
-    for child in children:
-        slots[child.name] = Slot(child, floor)
-        floor += child.keep_limit
-    return slots
-
-
-def _is_over(child: ChildMachine) -> bool:
-    """Down as its spec has it: it is not to come back."""
-    return child.state is State.DOWN and not child.wanted_up
-
-
-def _last_end(slot: Slot) -> str:
-    """How the last incarnation ended, for somebody who waits for the start."""
-    ended = slot.ended
-    if ended is None or slot.machine.why is not machine.Why.CRASH:
-        return slot.machine.why.value
-    if ended.signal is not None:
-        return f"killed by signal {ended.signal}"
-    return f"ended with exit code {ended.code}"
-
-
-def run_tree(
-    spec: TreeSpec,
-    *,
-    tell: Report = lambda _line: None,
-    on_reload: Callable[[], TreeSpec] | None = None,
-    status: Callable[[], dict[str, Any]] | None = None,
-    resume_fd: int | None = None,
-) -> int:
-    """Be the watchdog of ``spec`` until a stop; returns the exit code.
-
-    ``tell`` gets one dict at a time for whoever waits for the start: {"progress": text},
-    {"ready": True, ...}, {"error": text, "code": n} or {"already": pid}.
-    ``resume_fd``: the table of the image before an upgrade.
-    """
-    _fill_standard_streams()
-    _raise_descriptor_limit()
-    set_title(spec.title or spec.name, spec.comm or spec.name)
-    if resume_fd is not None:
-        table = upgrade.read_table(resume_fd)
-        lock_path = os.path.join(spec.runtime_dir, instance.LOCK_NAME)
-        lock = instance.InstanceLock.adopt(table["lock"], lock_path)
-        supervisor = Supervisor(spec, lock=lock, tell=tell, on_reload=on_reload, status=status)
-        return supervisor.resume(table, resume_fd)
-    try:
-        taken = _take_over(spec, tell)
-    except (instance.InstanceError, OSError) as error:
-        tell({"error": str(error), "code": EXIT_START_FAILED})
-        return EXIT_START_FAILED
-    if isinstance(taken, int):
-        return taken
-    _raise_priority(spec.nice)
-    supervisor = Supervisor(spec, lock=taken, tell=tell, on_reload=on_reload, status=status)
-    try:
-        return supervisor.run()
-    except BaseException as error:  # noqa: BLE001 - a bug of ours; the children must not hang on
-        # Not sys.exit: at exit multiprocess would wait for children that nobody judges any
-        # more.  They end by the death signal.
-        tell({"error": f"the watchdog failed: {type(error).__name__}: {error}",
-              "code": EXIT_INTERNAL})  # fmt: skip
-        sys.excepthook(type(error), error, error.__traceback__)
-        os._exit(EXIT_INTERNAL)
-
-
-def _take_over(spec: TreeSpec, tell: Report) -> instance.InstanceLock | int:
-    """The lock of the instance, or the exit code if it cannot be had."""
-    for directory in (spec.runtime_dir, spec.state_dir):
-        instance.prepare_directory(directory)
-        if not os.access(directory, os.W_OK | os.X_OK):
-            raise instance.InstanceError(f"{directory} cannot be written to")
-    left: list[str] = []
-    lock = sweep.take_over(spec.runtime_dir, left.append)
-    if lock is not None:
-        instance.write_pid_file(os.path.join(spec.runtime_dir, instance.PID_NAME))
-        return lock
-    pid = instance.watchdog_pid(os.path.join(spec.runtime_dir, instance.LOCK_NAME))
-    if pid is not None:
-        tell({"already": pid})
-        return EXIT_OK
-    tell({"error": "what was left cannot be ended: " + "; ".join(left),
-          "code": EXIT_START_FAILED})  # fmt: skip
-    return EXIT_START_FAILED
-
-
 def _priority(key: selectors.SelectorKey) -> int:
     return key.data[0] if isinstance(key.data, tuple) else _CONTROL
 
@@ -1350,30 +1188,8 @@ def _log_channel() -> tuple[int, int]:
     return read.detach(), write.detach()
 
 
-def _fill_standard_streams() -> None:
-    """No pipe of ours is to get a number into which somebody prints."""
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
-
-
-def _raise_descriptor_limit() -> None:
-    """All that the children give lies here; what we may have, we take."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
 def _adopt_orphans() -> None:
     """Become the parent of whatever our children leave behind."""
     import ctypes
 
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-
-
-def _raise_priority(nice: int) -> None:
-    if nice:
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, 0, nice)

@@ -17,8 +17,8 @@ from pkvpn.watchdog.control import ask
 from pkvpn.watchdog.journal import read_entries
 from pkvpn.watchdog.policy import RestartPolicy
 from pkvpn.watchdog.report import list_reports
+from pkvpn.watchdog.run import run_tree
 from pkvpn.watchdog.spec import ChildSpec, HeldSpec, TreeSpec
-from pkvpn.watchdog.supervisor import run_tree
 from tests import naughty
 from tests.support import eventually, process_gone
 
