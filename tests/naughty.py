@@ -150,6 +150,17 @@ def ignores_the_stop(child: Child) -> None:
         time.sleep(0.01)
 
 
+def works_for_what_is_left(child: Child) -> None:
+    """Needs a processor in each turn, and has one only where nobody else wants it."""
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    while not child.stopping:
+        until = time.thread_time() + 0.05
+        while time.thread_time() < until:
+            pass
+        child.wait(0.01)
+
+
 # --- the lifeline
 
 
@@ -298,7 +309,7 @@ WAYS: dict[str, Callable[[Child], None]] = {
     for way in (
         never_ready, silent_with_a_live_thread, blocked_on_a_lock, busy_in_python, busy_in_c, deaf,
         overloaded, lost_in_work, idle_and_counts, accuses, stops_itself, stops_itself_always,
-        ignores_the_stop, mute, corrupt, corrupt_flood,
+        ignores_the_stop, works_for_what_is_left, mute, corrupt, corrupt_flood,
         partial_frame, beats_without_end, asks_without_end, gives_without_end, exits_0,
         exits_1_with_a_reason, raises, segfaults, aborts, kills_itself, leaves_a_grandchild,
         leaves_a_grandchild_in_a_session, leaves_a_daemon, leaves_one_that_forks,
