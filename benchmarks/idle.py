@@ -6,11 +6,15 @@ CPU is the scheduler's own count over all threads of all processes of the tree, 
 while nobody is connected; memory is private memory (USS), which no other process shares.  The
 times are those of the whole command, interpreter start included, as an operator feels them.
 SoftEther's server, idle beside it, is measured over the same seconds.
+
+Beside them what an operator of supervisord and circus waits for, with one small service (those of
+benchmarks/peers, if they are there): a start counts until the service answers.
 """
 
 from __future__ import annotations
 
 import argparse
+import socket
 import subprocess
 import sys
 import time
@@ -18,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import common
+from benchmarks.peers.__main__ import PEERS, PORT, SERVICE, write
 from benchmarks.servers import Ours, SoftEther
 
 STATUS_ROUNDS = 10
@@ -30,13 +35,18 @@ def main() -> None:
     args = common.parse(made, {"seconds": 3.0, "rounds": 2})
     common.lab()
     result = common.Result("idle", args)
-    result.columns = ["what", "pkvpn", "SoftEther"]
+    result.columns = ["what", "pkvpn", "SoftEther", "supervisord", "circus"]
     with common.work_directory() as directory:
         commands(result, args, directory)
         idle(result, args, directory)
     result.note(
         "Interpreter: the same Python doing nothing but importing argparse, json and socket; it is "
         "inside each time of pkvpn. SoftEther's `start` returns before its server can be asked."
+    )
+    result.note(
+        "supervisord and circus: `start` is until their small service answers, `status` is "
+        "supervisorctl's and circusctl's. systemctl is not beside them: it asks the systemd that "
+        "booted the machine, and in namespaces of its own there is none."
     )
     result.save(plot)
 
@@ -65,11 +75,77 @@ def commands(result: common.Result, args: argparse.Namespace, directory: Path) -
         began = time.monotonic()
         subprocess.run([sys.executable, "-c", "import argparse, json, socket"], check=True)
         bare.append(time.monotonic() - began)
-    result.raw["commands"] = {"pkvpn": times, "SoftEther": stock, "interpreter": bare}
-    for verb, found in times.items():
-        beside = 1e3 * common.median(stock[verb]) if verb in stock else None
-        result.row(f"`{verb}`, ms (median)", 1e3 * common.median(found), beside)
-    result.row("interpreter alone, ms (median)", 1e3 * common.median(bare), None)
+    columns = {"pkvpn": times, "SoftEther": stock, **others(args.rounds, directory)}
+    result.raw["commands"] = {**columns, "interpreter": bare}
+    for verb in times:
+        row(result, f"`{verb}`, ms (median)",
+            *(1e3 * common.median(found[verb]) if verb in found else None
+              for found in columns.values()))  # fmt: skip
+    row(result, "interpreter alone, ms (median)", 1e3 * common.median(bare))
+
+
+def row(result: common.Result, *cells: Any) -> None:
+    """A line, with nothing in the columns that are left."""
+    result.row(*cells, *[None] * (len(result.columns) - len(cells)))
+
+
+def others(rounds: int, directory: Path) -> dict[str, dict[str, list[float]]]:
+    """Name of a supervisor -> verb -> seconds; nothing of those that are not there."""
+    found: dict[str, dict[str, list[float]]] = {"supervisord": {}, "circus": {}}
+    service = f"{sys.executable} {SERVICE} {PORT}"
+    for name in found:
+        place = directory / name
+        bin_ = PEERS / "venv/bin"
+        if name == "supervisord":
+            text = (
+                f"[unix_http_server]\nfile={place}/socket\n"
+                f"[supervisord]\nuser=root\nlogfile={place}/log\npidfile={place}/pid\n"
+                "[rpcinterface:supervisor]\nsupervisor.rpcinterface_factory = "
+                "supervisor.rpcinterface:make_main_rpcinterface\n"
+                f"[supervisorctl]\nserverurl=unix://{place}/socket\n"
+                f"[program:service]\ncommand={service}\nstartsecs=0\n"
+            )
+            config = write(place / "supervisord.conf", text)
+            start, ask = ["supervisord", "-c", config], ["supervisorctl", "-c", config]
+            end = "shutdown"
+        else:
+            endpoint = "tcp://127.0.0.1:7300"
+            text = (
+                f"[circus]\nendpoint = {endpoint}\npubsub_endpoint = tcp://127.0.0.1:7301\n"
+                f"[watcher:service]\ncmd = {service}\n"
+            )
+            config = write(place / "circus.ini", text)
+            start = ["circusd", "--daemon", "--log-output", f"{place}/log", config]
+            ask, end = ["circusctl", "--endpoint", endpoint], "quit"
+        if not (bin_ / start[0]).exists():
+            continue
+        found[name] = {"start": [], "status": []}
+        for _ in range(rounds):
+            began = time.monotonic()
+            run(bin_, *start)
+            common.wait_until(answers, 20.0, f"{name} serves", every=0.001)
+            found[name]["start"].append(time.monotonic() - began)
+            for _ in range(STATUS_ROUNDS):
+                began = time.monotonic()
+                run(bin_, *ask, "status")
+                found[name]["status"].append(time.monotonic() - began)
+            run(bin_, *ask, end)
+            common.wait_until(lambda: not answers(), 20.0, f"{name} has ended")
+            time.sleep(0.5)  # the supervisor itself, after its service
+    return found
+
+
+def run(folder: Path, *words: str) -> None:
+    # What it starts keeps its output, and nobody would see the end of a pipe.
+    subprocess.run([folder / words[0], *words[1:]], check=True, timeout=30, cwd="/",
+                   stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                   stderr=subprocess.DEVNULL)  # fmt: skip
+
+
+def answers() -> bool:
+    """Does the small service take a connection?"""
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", PORT)) == 0
 
 
 def idle(result: common.Result, args: argparse.Namespace, directory: Path) -> None:
@@ -82,6 +158,9 @@ def idle(result: common.Result, args: argparse.Namespace, directory: Path) -> No
     try:
         time.sleep(min(5.0, args.seconds))  # what a start leaves to do is done
         named = ours.named_pids()
+        for pid in common.descendants(named["watchdog"]):
+            if pid not in named.values():  # a successor that was forked ahead
+                named[common.command_line(pid).partition(": ")[2]] = pid
         theirs = {f"process {i + 1}": pid for i, pid in enumerate(softether.pids())}
         before = {pid: common.schedstat(pid) for pid in (*named.values(), *theirs.values())}
         began = time.monotonic()
@@ -98,7 +177,9 @@ def idle(result: common.Result, args: argparse.Namespace, directory: Path) -> No
             }
             for server, pids in (("pkvpn", named), ("SoftEther", theirs))
         }
-        assert ours.named_pids() == named, "a child was replaced while nothing happened"
+        assert ours.named_pids().items() <= named.items(), (
+            "a child was replaced while nothing happened"
+        )
     finally:
         softether.stop()
         ours.stop()
@@ -114,16 +195,16 @@ def idle(result: common.Result, args: argparse.Namespace, directory: Path) -> No
         ("cpu_percent", "CPU, % of one core"),
         ("wakeups_per_s", "wake-ups a second"),
     ):
-        result.row(f"idle: {unit}", total("pkvpn", what), total("SoftEther", what))
+        row(result, f"idle: {unit}", total("pkvpn", what), total("SoftEther", what))
         for name, process in found["pkvpn"].items():
-            result.row(f"idle: {unit}: {name}", process[what], None)
-    result.row("idle: private memory of the watchdog, MiB",
-               memory("pkvpn", "watchdog"), memory("SoftEther", "process 1"))  # fmt: skip
+            row(result, f"idle: {unit}: {name}", process[what])
+    row(result, "idle: private memory of the watchdog, MiB",
+        memory("pkvpn", "watchdog"), memory("SoftEther", "process 1"))  # fmt: skip
     for name in named:
         if name != "watchdog":
-            result.row(f"idle: private memory of {name}, MiB", memory("pkvpn", name), None)
-    result.row("idle: private memory of all, MiB",
-               *(sum(memory(s, n) for n in found[s]) for s in ("pkvpn", "SoftEther")))  # fmt: skip
+            row(result, f"idle: private memory of {name}, MiB", memory("pkvpn", name))
+    row(result, "idle: private memory of all, MiB",
+        *(sum(memory(s, n) for n in found[s]) for s in ("pkvpn", "SoftEther")))  # fmt: skip
 
 
 def plot(figure: Any, result: dict[str, Any]) -> None:
