@@ -35,6 +35,7 @@ from pkvpn.watchdog.lifeline import FRAME_SIZE, CorruptLifeline, Kind, Order, Sa
 from pkvpn.watchdog.logchild import WATCHDOG, LogPipe, LogSettings
 from pkvpn.watchdog.logchild import main as log_main
 from pkvpn.watchdog.machine import State
+from pkvpn.watchdog.notify import Notify
 from pkvpn.watchdog.slot import Slot, is_over, make_slots
 from pkvpn.watchdog.spec import LOG_CHILD, ChildSpec, HeldSpec, TreeSpec, Upgrade
 from pkvpn.watchdog.tree import Rollover, Tree
@@ -100,6 +101,7 @@ class Supervisor:
         self._tell = tell
         self._on_reload = on_reload
         self._more_status = status
+        self._manager = Notify.from_environment(os.environ, os.getpid())
         self._started_at = time.monotonic()
         self._away = procfs.clocks()
         self._selector = selectors.DefaultSelector()
@@ -311,6 +313,8 @@ class Supervisor:
             self._home_at = math.inf
             self._contain(None, lambda: self._look_home(now), now)
         self._contain(None, lambda: self._advance(now), now)
+        if self._state() == State.UP.value:
+            self._manager.feed(now)
         if self._strangers:
             self._strangers = False
             self._contain(None, self._end_strangers, now)
@@ -355,6 +359,7 @@ class Supervisor:
             self._told_ready = True
             self._entry("ready", seconds=round(now - self._started_at, 3))
             self._tell({"ready": True, "pid": os.getpid(), **self._extra_status()})
+            self._manager.ready(self._state())
         if self._rollover.stuck is not None:
             self._go_back(self._rollover.stuck.spec.name)
         if self._previous >= 0 and self._rollover.done:
@@ -375,6 +380,7 @@ class Supervisor:
         self._stop(time.monotonic())
 
     def _stop(self, now: float) -> None:
+        self._manager.stopping()
         self._rollover = Rollover([])
         self._dismiss_standbys(now)
         for child, event in self._tree.stop():
@@ -868,6 +874,9 @@ class Supervisor:
             "state", child=slot.name, state=child.state.value, why=child.why.value,
             restarts=child.restarts, **more,
         )  # fmt: skip
+        if self._told_ready and not self._tree.stopping:
+            why = f" ({child.why.value})" if child.why.value else ""
+            self._manager.status(f"{self._state()}: {slot.name} {child.state.value}{why}")
 
     def _report_death(self, slot: Slot, now: float) -> None:
         if slot.remains is not None and slot.ended is not None:
@@ -962,6 +971,13 @@ class Supervisor:
         return {"name": name, "incarnation": slot.number}
 
     def _reload(self, now: float) -> dict[str, Any]:
+        self._manager.reloading()
+        try:
+            return self._reload_spec(now)
+        finally:
+            self._manager.ready(self._state())
+
+    def _reload_spec(self, now: float) -> dict[str, Any]:
         if self._tree.stopping:
             raise control.ControlError("the service is stopping")
         self._dismiss_standbys(now)  # they were prepared for what was there before
