@@ -201,7 +201,7 @@ class Watchdog:
     """[watchdog]: deadlines, restart policy and evidence."""
 
     beat_interval: float = _seconds(
-        0.3, 0.01, 60.0, "How often a child tells that its loop turns, and what it got done."
+        0.2, 0.01, 60.0, "How often a child tells that its loop turns, and what it got done."
     )
     hang_timeout: float = _seconds(
         1.0,

@@ -77,7 +77,7 @@ _OLD_FLOWS_TIMEOUT = 2.0
 # How long the end waits for the store thread, which may wait for the disk.
 _END_TIMEOUT = 2.0
 
-_TICK = 0.9  # with each third beat by default
+_TICK = 1.0  # with each fifth beat by default
 _AGEING_TICK = 5.0
 
 _MODES = {

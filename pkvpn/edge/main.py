@@ -65,7 +65,7 @@ from pkvpn.watchdog.child import Child, next_moment
 _log = logging.getLogger("pkvpn.edge")
 
 # How often limits, keep-alives and what could not be done at once are looked at.
-_TICK = 0.3  # as often as it beats by default
+_TICK = 0.4  # with each second beat by default
 _COUNTS_INTERVAL = 2.0
 _FLOWS_SEEN_INTERVAL = 10.0
 _MEMORY_INTERVAL = 10.0

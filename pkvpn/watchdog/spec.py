@@ -116,7 +116,7 @@ class TreeSpec:
     held: tuple[HeldSpec, ...] = ()
     title: str = ""
     comm: str = ""
-    beat_interval: float = 0.3
+    beat_interval: float = 0.2
     nice: int = 0
     log: Any = None  # settings of the log child (logchild.LogSettings); None: its defaults
     upgrade: Upgrade | None = None  # how it goes over to new code; None: it cannot

@@ -129,7 +129,7 @@ class Limits:
     starves and recovers all day does not fill the journal.
     """
 
-    beat_interval: float = 0.3
+    beat_interval: float = 0.2
     hang_timeout: float = 1.0
     # Killing gives no CPU: the successor would starve as well, and its start costs more.  But
     # after half a minute the clients are gone anyway, and a child that was moved into a
