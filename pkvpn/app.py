@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pkvpn import logs
+from pkvpn.cli import complain
 from pkvpn.client.canary_main import REACH_CORE, REACH_EDGE, CanarySettings
 from pkvpn.client.canary_main import main as canary_main
 from pkvpn.config import ConfigError, Settings, load, make_directories
@@ -318,7 +319,7 @@ def _print_start(line: dict[str, Any]) -> None:
     if sys.stderr is None:
         return
     if "error" in line:
-        sys.stderr.write(f"vpnserver: {line['error']}\n")
+        complain(line["error"])
     elif "already" in line:
         sys.stderr.write(f"vpnserver: the service is already running (pid {line['already']})\n")
     elif line.get("ready"):

@@ -662,18 +662,26 @@ def check_runtime_dir(settings: Settings) -> None:
     To be called before a socket or a pid in it is believed.  A directory that is not there is fine.
     Raises ConfigError.
     """
-    path = settings.service.runtime_dir
+    # Root may look at the service of another user.
+    owners = {os.geteuid(), 0}
+    _check_directory(settings.service.runtime_dir, "runtime_dir", owners if os.geteuid() else None)
+
+
+def _check_directory(path: Path, key: str, owners: set[int] | None) -> None:
+    """``owners``: who may own it; None: anybody."""
     try:
         found = os.lstat(path)
+        if key == "state_dir" and stat.S_ISLNK(found.st_mode):
+            found = os.stat(path)  # an operator's way to another disk
     except FileNotFoundError:
         return
     except OSError as error:
         raise ConfigError([f"{path}: cannot be examined: {error.strerror}"]) from None
     if not stat.S_ISDIR(found.st_mode):
-        raise ConfigError([f"{path}: is not a directory; set [service] runtime_dir to one"])
-    if found.st_uid not in (os.geteuid(), 0) and os.geteuid() != 0:
+        raise ConfigError([f"{path}: is not a directory; set [service] {key} to one"])
+    if owners is not None and found.st_uid not in owners:
         raise ConfigError(
-            [f"{path}: belongs to user {found.st_uid}, not to us; set [service] runtime_dir"]
+            [f"{path}: belongs to user {found.st_uid}, not to us; set [service] {key}"]
         )
     others = 0o002 if found.st_gid in (os.getegid(), 0) else 0o022
     if found.st_mode & others:
@@ -705,6 +713,8 @@ def make_directories(settings: Settings) -> None:
         except OSError as error:
             raise ConfigError([f"{path}: cannot be made: {error.strerror}"]) from None
     check_runtime_dir(settings)
+    # What we made in another's would not be his, and what he put there is not to be believed.
+    _check_directory(service.state_dir, "state_dir", {os.geteuid()})
 
 
 # --- writing -------------------------------------------------------------------------------------

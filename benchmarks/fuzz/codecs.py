@@ -12,10 +12,16 @@ import atheris  # type: ignore[import-untyped,unused-ignore]  # only here, not a
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 with atheris.instrument_imports(include=["pkvpn"]):
+    from pkvpn import channel
+    from pkvpn.channel import ChannelError, Mode
     from pkvpn.client.machine import Credentials, Stream
+    from pkvpn.core import blob as blobs
+    from pkvpn.edge.checkpoint import Checkpoint, CheckpointError, checkpoint_size
+    from pkvpn.edge.tls_records import SUITES, Opener, Sealer, TLSError, record_size
     from pkvpn.protocol import blocks, http, messages
     from pkvpn.protocol.errors import ProtocolError
     from pkvpn.protocol.pack import Pack
+    from pkvpn.watchdog.lifeline import CorruptLifeline, LifelineDecoder, OrderDecoder
 
 DATA = Path(__file__).resolve().parents[2] / "tests" / "data" / "protocol"
 
@@ -94,7 +100,85 @@ def fuzz_stream(data: bytes) -> None:
         stream.expire(0.0)
 
 
+def fuzz_channel(data: bytes) -> None:
+    for decode in (channel.decode_from_edge, channel.decode_from_core):
+        try:
+            message = decode(data)
+        except ChannelError:
+            continue
+        assert decode(channel.encode(message)) == message
+    for walk in (channel.split_blocks, channel.count_blocks):
+        try:
+            walk(data)
+        except ChannelError:
+            pass
+
+
+def fuzz_blob(data: bytes) -> None:
+    try:
+        blob = blobs.decode(data)
+    except blobs.BlobError:
+        return
+    assert blobs.decode(blob.encode()) == blob
+
+
+def fuzz_tls_records(data: bytes) -> None:
+    """What a client sends that has the key, so that its records open."""
+    _, pieces = _cuts(data)
+    suite = SUITES["TLS_AES_128_GCM_SHA256"]
+    sealer, opener = Sealer(suite, bytes(32)), Opener(suite, bytes(32))
+    out = memoryview(bytearray(1 << 15))
+    for piece in pieces:
+        record = memoryview(bytearray(len(piece) + 64))
+        size = sealer.seal(memoryview(bytearray(piece)), record)
+        try:
+            opener.open(record[:size], out)
+        except TLSError:
+            break
+    try:
+        size = record_size(memoryview(bytearray(data + bytes(5))))
+        Opener(suite, bytes(32)).open(memoryview(bytearray(data.ljust(size, b"x")[:size])), out)
+    except TLSError:
+        pass
+
+
+def fuzz_checkpoint(data: bytes) -> None:
+    """A header of ours, then anything where the slots are."""
+    size = checkpoint_size(2, 4096, 4096)
+    memory = bytearray(size)
+    Checkpoint.make(memoryview(memory), 2, 4096, 4096)
+    memory[4096 : 4096 + len(data)] = data[: size - 4096]
+    del memory[size:]
+    checkpoint = Checkpoint(memoryview(memory))
+    checkpoint.poisoned()
+    checkpoint.left()
+    for index in range(2):
+        slot = checkpoint.slot(index)
+        try:
+            _, hot, _ = slot.load()
+            slot.rings(hot.in_position + 1, hot.out_end, hot)
+        except CheckpointError:
+            pass
+
+
+def fuzz_lifeline(data: bytes) -> None:
+    _, pieces = _cuts(data)
+    beats, orders = LifelineDecoder(3), OrderDecoder()
+    try:
+        for piece in pieces:
+            beats.feed(piece)
+    except CorruptLifeline:
+        pass
+    for piece in pieces:
+        orders.feed(piece)
+
+
 TARGETS = {
+    "channel": fuzz_channel,
+    "blob": fuzz_blob,
+    "tls_records": fuzz_tls_records,
+    "checkpoint": fuzz_checkpoint,
+    "lifeline": fuzz_lifeline,
     "pack": fuzz_pack,
     "messages": fuzz_messages,
     "request": fuzz_request,
@@ -117,6 +201,14 @@ def seeds(target: str) -> list[bytes]:
         ]
     if target == "response":
         return [b"\xff" + http.build_pack_response(b) for b in packs]
+    if target == "channel":
+        state = channel.State(1 << 56, 1, b"reply", Mode.BLOCKS, "", 60.0, True, b"blob")
+        frames = channel.Frames(1 << 56, channel.join_blocks([bytes(60)]))
+        return [channel.encode(state), channel.encode(frames)]
+    if target == "blob":
+        return [blobs.Blob().encode()]
+    if target in ("tls_records", "checkpoint", "lifeline"):
+        return [bytes(range(256)) * 4]
     batch = blocks.encode_batch([bytes(14), bytes(60)]) + blocks.encode_keep_alive(b"abc")
     if target == "blocks":
         return [b"\x07" + batch]

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from pkvpn import __version__
+from pkvpn.cli.text import printable
 
 # Exit codes of the Linux Standard Base for init scripts.
 OK = 0
@@ -159,9 +160,13 @@ def _global_parser() -> argparse.ArgumentParser:
 
 
 def complain(text: str) -> None:
-    """Tell the operator on standard error what did not go as wished."""
+    """Tell the operator on standard error what did not go as wished.
+
+    Parts of it may come from a child or from the network, which paint no terminal.
+    """
     if sys.stderr is not None:
-        print(f"vpnserver: {text}", file=sys.stderr)
+        for line in text.splitlines():
+            print(f"vpnserver: {printable(line)}", file=sys.stderr)
 
 
 def _fill_standard_streams() -> None:

@@ -157,7 +157,9 @@ def _tell(client: VpnClient, tap_name: str, told: str) -> str:
 
 
 def _say(text: str) -> None:
-    sys.stderr.write(f"pkvpn connect: {text}\n")
+    # Parts of it are the server's, which paints no terminal.
+    shown = "".join(char if char.isprintable() else "?" for char in text)
+    sys.stderr.write(f"pkvpn connect: {shown}\n")
     sys.stderr.flush()
 
 

@@ -53,7 +53,7 @@ from pkvpn.core.link import Link
 from pkvpn.core.login import CANARY_HUB, CANARY_HUB_ID, RANDOM_SIZE, LoginDesk, Outcome, address_key
 from pkvpn.core.poison import SIZE as MARK_SIZE
 from pkvpn.core.poison import Mark
-from pkvpn.core.session import Session, SessionKeys, Sessions
+from pkvpn.core.session import WEEK, Session, SessionKeys, Sessions
 from pkvpn.core.settings import CoreSettings
 from pkvpn.core.store import Store, StoreError, session_secret
 from pkvpn.protocol.messages import Direction
@@ -137,7 +137,9 @@ class Core:
         self._started_at = now
         self._store = store
         self._accounts = accounts
-        self._sessions = Sessions(keys, timeout=settings.session_timeout, started_at=now)
+        self._sessions = Sessions(
+            keys, timeout=settings.session_timeout, started_at=now, week=_week()
+        )
         self._desk = LoginDesk(
             self._accounts, self._sessions, keys, settings, _canary_password(child)
         )
@@ -729,6 +731,7 @@ class Core:
     # --- time
 
     def _tick(self, now: float) -> None:
+        self._sessions.week = _week()
         for session in self._sessions.expire(now):
             _log.info("%s: session ended: its client did not come back", session.name)
             self._leave_hub(session)
@@ -921,6 +924,10 @@ class Core:
             "refused_logins": {str(int(code)): n for code, n in self._desk.refused.items()},
             "lost": dict(self._lost),
         }
+
+
+def _week() -> int:
+    return int(max(0.0, time.time()) // WEEK) & 0xFFFF
 
 
 def _sums(*counts: tuple[int, ...]) -> tuple[int, ...]:

@@ -3,8 +3,10 @@
 Strategy: a session key is self-describing.  It says which session, which generation of a user, and
 how the session was agreed, under a MAC of a secret on disk; so any later core knows a session by
 its key alone.  What a key cannot say, that its session has ended, follows from time: only within T
-of its own start may a core meet a session it has not been told of.  Keys that must not be honoured
-even then (kicked, other password, deleted user) are on disk: see `store`.
+of its own start may a core meet a session it has not been told of, and only if its key was made
+in the last weeks: else a key that was stolen once would be good at each start of a core for ever.
+Keys that must not be honoured even then (kicked, other password, deleted user) are on disk: see
+`store`.
 """
 
 import hashlib
@@ -17,12 +19,18 @@ from pkvpn.channel import EdgeDrop
 from pkvpn.protocol.messages import Direction
 
 # 5 bytes session: 3 bytes counter, 2 bytes random, so that a counter that starts again makes no
-#   key that was there before; 4 generation of the user; 1 flags; 10 MAC.
-_KEY = struct.Struct("!3s2sIB")
-_MAC_SIZE = 10
+#   key that was there before; 4 generation of the user; 1 flags; 2 week in which the session
+#   began (of the wall clock, since 1970); 8 MAC.
+_KEY = struct.Struct("!3s2sIBH")
+# A forger has as many tries as there are logins: 64 bits are enough.
+_MAC_SIZE = 8
 KEY_SIZE = _KEY.size + _MAC_SIZE  # 20: the protocol has no room for more
 _HALF = 0x80
 _COUNTERS = 1 << 24
+
+WEEK = 7 * 24 * 3600.0
+# A session that is older, and that no core knows any more, begins anew with a login.
+MAX_KEY_AGE = 4  # weeks
 
 # SoftEther: MAX_TCP_CONNECTION.
 MAX_CONNECTIONS = 32
@@ -35,6 +43,7 @@ class Claim(NamedTuple):
     generation: int
     half: bool
     max_connection: int
+    week: int = 0
 
 
 class SessionKeys:
@@ -47,7 +56,7 @@ class SessionKeys:
         """The 20 bytes for the client."""
         number = claim.session.to_bytes(5, "big")
         flags = (_HALF if claim.half else 0) | (claim.max_connection - 1)
-        head = _KEY.pack(number[:3], number[3:], claim.generation, flags)
+        head = _KEY.pack(number[:3], number[3:], claim.generation, flags, claim.week)
         return head + self._mac(head)
 
     def read(self, key: bytes) -> Claim | None:
@@ -57,9 +66,9 @@ class SessionKeys:
         head = key[: _KEY.size]
         if not hmac.compare_digest(self._mac(head), key[_KEY.size :]):
             return None
-        counter, random, generation, flags = _KEY.unpack(head)
+        counter, random, generation, flags, week = _KEY.unpack(head)
         session = int.from_bytes(counter + random, "big")
-        return Claim(session, generation, bool(flags & _HALF), (flags & 31) + 1)
+        return Claim(session, generation, bool(flags & _HALF), (flags & 31) + 1, week)
 
     def _mac(self, head: bytes) -> bytes:
         return hmac.digest(self._secret, b"session key" + head, hashlib.sha256)[:_MAC_SIZE]
@@ -109,9 +118,15 @@ class Session:
 
 
 class Sessions:
-    """All sessions of all hubs.  ``timeout`` is T; ``started_at`` when this core began."""
+    """All sessions of all hubs.  ``timeout`` is T; ``started_at`` when this core began.
 
-    def __init__(self, keys: SessionKeys, *, timeout: float, started_at: float) -> None:
+    ``week`` is the number of this one, kept by the caller.
+    """
+
+    def __init__(
+        self, keys: SessionKeys, *, timeout: float, started_at: float, week: int = 0
+    ) -> None:
+        self.week = week
         self.timeout = timeout
         self._keys = keys
         self._resume_deadline = started_at + timeout
@@ -178,7 +193,7 @@ class Sessions:
             if number not in self._by_id:
                 break
         self._counters[hub_id] = counter
-        claim = Claim(number, generation, half, max_connection)
+        claim = Claim(number, generation, half, max_connection, self.week)
         session = self._add(claim, hub_id, user_id, user, created_at=now, now=now)
         session.unique_id = unique_id
         session.client = client
@@ -197,6 +212,8 @@ class Sessions:
         """May a session live of which only the key is known?"""
         return (
             now < self._resume_deadline
+            # A clock that was set back by some hours makes no key too young.
+            and -1 <= self.week - claim.week <= MAX_KEY_AGE
             and claim.session not in self._ended
             and not self.taken(claim)
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pkvpn import __version__
-from pkvpn.cli import BAD_ARGUMENTS, NOT_CONFIGURED, NOT_RUNNING, OK, main
+from pkvpn.cli import BAD_ARGUMENTS, NOT_CONFIGURED, NOT_RUNNING, OK, complain, main
 
 # fmt: off
 VERBS = [
@@ -62,6 +62,11 @@ def test_an_unknown_verb_or_option_is_refused(capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit) as ended:
         main(["stop", "--now"])
     assert ended.value.code == BAD_ARGUMENTS
+
+
+def test_what_a_child_says_paints_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    complain("core: \x1b[2Jgone\x07\nstopped \u202e")
+    assert capsys.readouterr().err == "vpnserver: core: ?[2Jgone?\nvpnserver: stopped ?\n"
 
 
 def test_the_verb_may_have_a_slash(config: str, capsys: pytest.CaptureFixture[str]) -> None:

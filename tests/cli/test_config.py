@@ -1,3 +1,4 @@
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -247,6 +248,34 @@ def test_directories_are_made_for_their_user_only(tmp_path: Path) -> None:
     wrong = replace(settings, service=replace(settings.service, state_dir=tmp_path / "file/x"))
     with pytest.raises(ConfigError, match="file/x: cannot be made"):
         config.make_directories(wrong)
+
+
+def test_a_state_directory_of_somebody_else_is_refused(tmp_path: Path) -> None:
+    environ = {"XDG_STATE_HOME": str(tmp_path / "s"), "XDG_RUNTIME_DIR": str(tmp_path / "r")}
+    settings = load(None, environ=environ, uid=1000)
+    config.make_directories(settings)
+    state = settings.service.state_dir
+    state.chmod(0o777)
+    with pytest.raises(ConfigError, match="pkvpn: others may write to it"):
+        config.make_directories(settings)
+    state.chmod(0o700)
+    elsewhere = state.rename(tmp_path / "disk")
+    state.symlink_to(elsewhere)
+    config.make_directories(settings)
+
+
+@pytest.mark.root
+def test_root_makes_nothing_in_the_state_directory_of_another_user(tmp_path: Path) -> None:
+    environ = {"XDG_STATE_HOME": str(tmp_path / "s"), "XDG_RUNTIME_DIR": str(tmp_path / "r")}
+    settings = load(None, environ=environ, uid=0)
+    settings = replace(
+        settings, service=replace(settings.service, state_dir=tmp_path / "s",
+                                  runtime_dir=tmp_path / "r", log_file=tmp_path / "s/log")
+    )  # fmt: skip
+    config.make_directories(settings)
+    os.chown(tmp_path / "s", 4711, 4711)
+    with pytest.raises(ConfigError, match=r"/s: belongs to user 4711.*state_dir"):
+        config.make_directories(settings)
 
 
 def test_the_documentation_has_the_defaults_of_the_code() -> None:

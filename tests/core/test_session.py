@@ -8,7 +8,12 @@ from pkvpn.protocol.messages import Direction
 
 KEYS = SessionKeys(bytes(32))
 CLAIMS = st.builds(
-    Claim, st.integers(0, 2**40 - 1), st.integers(0, 2**32 - 1), st.booleans(), st.integers(1, 32)
+    Claim,
+    st.integers(0, 2**40 - 1),
+    st.integers(0, 2**32 - 1),
+    st.booleans(),
+    st.integers(1, 32),
+    st.integers(0, 2**16 - 1),
 )
 
 
@@ -51,6 +56,18 @@ def test_no_bytes_are_a_key_by_accident(key: bytes) -> None:
 
 def test_a_key_of_another_secret_is_none() -> None:
     assert SessionKeys(b"\x01" * 32).read(KEYS.make(Claim(1, 1, False, 1))) is None
+
+
+def test_a_key_alone_brings_no_session_back_that_began_long_ago() -> None:
+    table = Sessions(KEYS, timeout=60.0, started_at=0.0, week=2900)
+    claim = opened(table).claim
+    assert KEYS.read(KEYS.make(claim)) == claim
+    for week, good in ((2899, True), (2900, True), (2904, True), (2905, False), (2898, False)):
+        later = Sessions(KEYS, timeout=60.0, started_at=100.0, week=week)
+        assert later.may_rebuild(claim, 101.0) is good
+    # Who is replayed by an edge has been there all the time.
+    later.rebuild(claim, hub_id=1, user_id=2, user="Ann", created_at=0.0, now=101.0)
+    assert later.find(claim) is not None
 
 
 def test_names_count_up() -> None:
