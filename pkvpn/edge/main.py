@@ -1433,6 +1433,8 @@ class Edge:
         self._epoch = hello.epoch
         self._greetings += 1
         self._told_all = 0
+        # Those that an earlier core said hold until this one has heard all.
+        self._old_flows_end = 0.0
         if self._checkpoint.epoch == hello.epoch:
             pairs = self._checkpoint.directory()
             # Those that are in no slot.

@@ -4,6 +4,7 @@ import os
 import socket
 import ssl
 import struct
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -466,6 +467,24 @@ def test_a_sleeper_is_woken_by_all_that_concerns_it(
     assert b.read_frames(1) == [frame(B, B)]
     assert a.read_frames(1) == [frame(A, B)]
     assert {tree.core.hear_frames()[0] for _ in range(2)} == {a.conn, b.conn}
+
+
+def test_flows_wait_for_the_end_of_a_replay(tree: FakeTree, pair: tuple[Client, Client]) -> None:
+    """Also where a core before that one had heard all: its time for old flows is not over then."""
+
+    def slow_replay() -> None:
+        no_chores()
+        main._OLD_FLOWS_TIMEOUT = 0.1
+
+    a, b = pair
+    restart(tree, before=slow_replay)
+    tree.core.say(channel.Hello(channel.VERSION, 2))
+    end = time.monotonic() + 0.6
+    while time.monotonic() < end:
+        tree.core.say(channel.FramesOut((a.conn,), channel.join_blocks([frame(A, B)])))
+        assert a.read_frames(1) == [frame(A, B)]  # it has had a turn
+        a.sock.sendall(batch(frame(B, A)))
+        assert b.read_frames(1) == [frame(B, A)]
 
 
 def test_a_sleeper_is_woken_by_a_frame_of_the_core_and_by_a_kick(
