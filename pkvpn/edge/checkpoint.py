@@ -12,6 +12,7 @@ The memory, all numbers in the machine's own order since it never leaves the mac
               64:   the poison mark: u64 connection, u64 position
               80:   the mark at which a predecessor died, the same two
               96:   u64 epoch of the core that has been told of all connections
+              104:  u8 nobody may be adopted: the kernel does not tell how far a socket has come
               128:  what was dropped and refused in all, per `EdgeDrop` and `Refusal`
     switches  for each slot u8: 0 free, else 1 + the hot copy in force; then for each slot
               u8 dirty: something may lie in its rings; then for each slot
@@ -53,6 +54,7 @@ _MARK_AT = 64
 _DIED_AT = 80
 _EPOCH = struct.Struct("=Q")
 _EPOCH_AT = 96
+_REFUSED_AT = 104
 _ENTRY = struct.Struct("=QQ")
 _ENTRY_NUMBER = struct.Struct("=Q")
 _TOTALS = struct.Struct(f"={len(EdgeDrop) + len(Refusal)}Q")
@@ -443,6 +445,15 @@ class Checkpoint:
     @epoch.setter
     def epoch(self, epoch: int) -> None:
         _EPOCH.pack_into(self._memory, _EPOCH_AT, epoch)
+
+    @property
+    def adoptable(self) -> bool:
+        """May a successor rely on what the kernel says?"""
+        return not self._memory[_REFUSED_AT]
+
+    def refuse_adoption(self) -> None:
+        """No connection is kept here from now on."""
+        self._memory[_REFUSED_AT] = 1
 
     def mark(self, conn: int, position: int) -> None:
         """Say what is worked on now; 0 and 0: nothing."""

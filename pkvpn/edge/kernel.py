@@ -4,6 +4,7 @@ import fcntl
 import socket
 import struct
 import termios
+import time
 
 _SO_COOKIE = 57
 _COOKIE = struct.Struct("=Q")
@@ -19,6 +20,8 @@ _PEERS_FIN = frozenset({_CLOSE_WAIT, _LAST_ACK, _CLOSING, _TIME_WAIT})
 _OUR_FIN = frozenset({_FIN_WAIT1, _FIN_WAIT2, _LAST_ACK, _CLOSING, _TIME_WAIT})
 
 _TRIES = 1000
+
+_CHECK_TIMEOUT = 1.0
 
 
 class PositionError(Exception):
@@ -59,6 +62,48 @@ def positions(sock: socket.socket) -> tuple[int, int]:
         received - waiting - (state in _PEERS_FIN),
         acked + queued - (state in _OUR_FIN),
     )
+
+
+def check_positions() -> str:
+    """Follow two connections of our own, whose course we know: "", or what does not hold here.
+
+    Takes a millisecond.  Raises OSError where there is no loopback to try it on.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        ends = []
+        try:
+            for _ in range(2):
+                ends.append(socket.create_connection(listener.getsockname(), _CHECK_TIMEOUT))
+                ends.append(listener.accept()[0])
+            client, server, other, closing = ends
+            client.sendall(bytes(1000))
+            server.recv(300, socket.MSG_WAITALL)
+            _expect(server, 300, 0, "received bytes")
+            server.sendall(bytes(500))
+            client.recv(100, socket.MSG_WAITALL)
+            _expect(server, 300, 500, "sent bytes")
+            client.shutdown(socket.SHUT_WR)
+            server.recv(200, socket.MSG_WAITALL)
+            _expect(server, 500, 500, "bytes before the end of the other side")
+            closing.sendall(bytes(7))
+            closing.shutdown(socket.SHUT_WR)
+            other.sendall(bytes(3))
+            _expect(closing, 0, 7, "bytes before our own end")
+        except (PositionError, TimeoutError) as error:
+            return str(error)
+        finally:
+            for end in ends:
+                end.close()
+    return ""
+
+
+def _expect(sock: socket.socket, received: int, sent: int, what: str) -> None:
+    """What is on its way over the loopback may take a moment.  Raises PositionError."""
+    deadline = time.monotonic() + _CHECK_TIMEOUT
+    while (found := positions(sock)) != (received, sent):
+        if time.monotonic() > deadline:
+            raise PositionError(f"{what}: {found}, not {(received, sent)}")
+        time.sleep(0.001)
 
 
 def _info(sock: socket.socket) -> tuple[int, int, int]:

@@ -56,7 +56,6 @@ from pkvpn.edge.handshake import (
     HandshakeError,
     HandshakeServer,
     OpenSSLRecords,
-    Secrets,
 )
 from pkvpn.edge.rings import Ring
 from pkvpn.edge.tls_records import Alert, Opener, Sealer, TLSError
@@ -370,8 +369,8 @@ class Edge:
                 fcntl.fcntl(self._lock, _F_ADD_SEALS, _F_SEAL_SHRINK | _F_SEAL_GROW)
             except OSError as error:
                 _log.warning("checkpoint memory cannot be sealed: %s", error)
-            memory = self._memory = mmap.mmap(self._lock, size)
-            return Checkpoint.make(memoryview(memory), *sizes)
+            self._memory = mmap.mmap(self._lock, size)
+            return self._fresh_checkpoint(*sizes)
         memory = self._memory = mmap.mmap(self._lock, size)
         try:
             # Its own sizes count: connections of before another setting are in it.
@@ -381,7 +380,24 @@ class Edge:
             memory.madvise(mmap.MADV_REMOVE)
             # It cannot grow.
             slots = min(places, slots_that_fit(size, *sizes[1:]))
-            return Checkpoint.make(memoryview(memory), slots, *sizes[1:])
+            return self._fresh_checkpoint(slots, *sizes[1:])
+
+    def _fresh_checkpoint(self, slots: int, rx_size: int, tx_size: int) -> Checkpoint:
+        """The first edge finds out, for all after it, whether they may adopt anything."""
+        made = Checkpoint.make(memoryview(self._memory), slots, rx_size, tx_size)
+        try:
+            wrong = kernel.check_positions()
+        except OSError as error:
+            _log.warning("not tried whether this kernel tells positions of sockets: %s", error)
+            return made
+        if wrong:
+            made.refuse_adoption()
+            _log.error(
+                "this kernel does not tell how far a connection has come (%s): when an edge dies,"
+                " its clients have to come back by their session keys",
+                wrong,
+            )
+        return made
 
     def adopt(self) -> None:
         """Go on with what predecessors left: at once where something waits, soon with the rest."""
@@ -1053,7 +1069,7 @@ class Edge:
             tx,
             turn=self._turn,
             flows=self._flows.table(peer.conn),
-            slot=slot if secrets else None,
+            slot=slot if secrets and self._checkpoint.adoptable else None,
             login_bytes=self.settings.login_bytes,
             now=self.now,
         )
@@ -1061,18 +1077,15 @@ class Edge:
         peer.handshake = None
         peer.unsent = b""
         peer.connection = connection
-        self._protect(peer, connection, secrets)
+        if connection.slot is not None:
+            slot.create(identity, connection.hot(), connection.cold())
+            self._flows.save_in(peer.conn, slot.flows)
+            self._give(peer)
         self._say(channel.Opened(peer.conn, peer.peer, peer.local, identity.tls))
         self._work(peer)
         # Most clients have sent their first request by now, and the core then wakes once.
         self._read(peer)
         self._flush(peer)
-
-    def _protect(self, peer: Peer, connection: Connection, secrets: Secrets | None) -> None:
-        if secrets is not None and peer.slot is not None:
-            peer.slot.create(connection.identity, connection.hot(), connection.cold())
-            self._flows.save_in(peer.conn, peer.slot.flows)
-            self._give(peer)
 
     def _give(self, peer: Peer) -> None:
         """Have the watchdog keep a duplicate; again later if it cannot now."""

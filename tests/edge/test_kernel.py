@@ -1,6 +1,7 @@
 """The formulas for how far a connection has come, against a connection whose course is known."""
 
 import socket
+import termios
 from collections.abc import Iterator
 
 import pytest
@@ -108,3 +109,44 @@ def test_unsent_bytes_of_a_channel_are_seen() -> None:
         assert kernel.unsent(ours.fileno()) > 0
         theirs.recv(1)
         assert kernel.unsent(ours.fileno()) == 0
+
+
+def test_the_formulas_hold_here() -> None:
+    assert kernel.check_positions() == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("_PEERS_FIN", frozenset()), ("_OUR_FIN", frozenset()), ("_ACKED_AT", 128)],
+)
+def test_formulas_that_do_not_hold_are_found(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: object
+) -> None:
+    monkeypatch.setattr(kernel, name, value)
+    monkeypatch.setattr(kernel, "_CHECK_TIMEOUT", 0.05)
+    assert ", not (" in kernel.check_positions()
+
+
+def test_a_kernel_that_does_not_count_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "_TCP_INFO_SIZE", 104)
+    assert "does not count" in kernel.check_positions()
+
+
+def test_a_race_between_the_calls_is_no_position(
+    pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A packet comes after the counts were asked for, and before the queue is."""
+    server, client = pair
+    original = kernel._ioctl
+    sizes = [100, 100, 0]
+
+    def late(fd: int, request: int) -> int:
+        if request == termios.FIONREAD and (size := sizes.pop(0)):
+            before = original(fd, request)
+            client.sendall(bytes(size))
+            eventually(lambda: original(fd, request) == before + size)
+        return original(fd, request)
+
+    monkeypatch.setattr(kernel, "_ioctl", late)
+    assert kernel.positions(server) == (0, 0)
+    assert sizes == []

@@ -11,7 +11,7 @@ import pytest
 
 from pkvpn import channel
 from pkvpn.channel import EdgeDrop, Mode
-from pkvpn.edge import main
+from pkvpn.edge import kernel, main
 from pkvpn.edge.main import EdgeSettings
 from pkvpn.protocol.blocks import BlockDecoder
 from tests.edge.conftest import Pem
@@ -545,6 +545,30 @@ def test_memory_of_another_version_starts_anew_and_says_so(
             client.read_to_the_end()
     eventually(lambda: not tree.drain())
     Client(tree).login()
+
+
+def test_where_the_kernel_does_not_tell_positions_nothing_is_adopted(pem: Pem) -> None:
+    def check() -> str:
+        return "told so by a test"
+
+    def distrust() -> None:
+        kernel.check_positions = check
+
+    tree = FakeTree(EdgeSettings(index=1, certificate=str(pem.cert), key=str(pem.key)))
+    try:
+        tree.start(distrust)
+        client = Client(tree).login()
+        assert tree.drain() == {}
+        tree.kill()
+        tree.start()  # also an edge that has not tried it itself
+        with pytest.raises((ssl.SSLEOFError, ConnectionResetError)):
+            client.read_to_the_end()
+        client = Client(tree).login()
+        assert tree.drain() == {}
+        assert tree.stop(b"yield") == 0
+        client.read_to_the_end()  # a goodbye, so that it comes back by its key
+    finally:
+        tree.close()
 
 
 def test_a_core_of_another_version_is_not_heeded_and_flows_go_on(

@@ -45,16 +45,17 @@ class Killed(BaseException):
 
 
 class Fuse:
-    """Ends the process at one of its steps."""
+    """Ends the edge at one of its steps."""
 
     def __init__(self) -> None:
         self.left = -1
+        self.lives = False  # the edge does something; what clients do kills nobody
 
     def burn(self) -> None:
-        if self.left == 0:
-            self.left = -1
-            raise Killed
-        self.left -= self.left > 0
+        if self.lives and self.left >= 0:
+            self.left -= 1
+            if self.left < 0:
+                raise Killed
 
     def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)
@@ -143,7 +144,6 @@ class Edge(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         try:
-            self.fuse.left = -1
             self.go_on()
             for mac, other in ((A, B), (B, A)):
                 self.check_stream(self.clients[mac].numbers(other), self.sent[other, mac])
@@ -194,12 +194,14 @@ class Edge(RuleBasedStateMachine):
 
     def doing(self, step: Callable[[], None]) -> None:
         """Do it, or die of it and be succeeded; successors are not killed before they serve."""
+        self.fuse.lives = True
         try:
             step()
         except Killed:
+            self.fuse.lives = False
             self.kills += 1
             self.succeed()
-        self.fuse.left = -1
+        self.fuse.lives = False
 
     def succeed(self) -> None:
         self.begin()
