@@ -148,11 +148,12 @@ class Service:
         )  # fmt: skip
 
     def _edge(self, index: int, name: str, edges: int) -> ChildSpec:
-        edge, state = self.settings.edge, self.settings.service.state_dir
+        edge = self.settings.edge
+        certificate, key = self.settings.certificate_files
         settings = EdgeSettings(
             index=index + 1,
-            certificate=str(edge.certificate or state / "server.crt"),
-            key=str(edge.key or state / "server.key"),
+            certificate=str(certificate),
+            key=str(key),
             max_connections=edge.connections_max,
             max_per_address=edge.connections_per_address,
             login_timeout=edge.login_timeout,

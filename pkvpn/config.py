@@ -383,6 +383,12 @@ class Settings:
         return self.service.runtime_dir / "admin.sock"
 
     @property
+    def certificate_files(self) -> tuple[Path, Path]:
+        """The certificate and its key; those that are made if there are none."""
+        state = self.service.state_dir
+        return self.edge.certificate or state / "server.crt", self.edge.key or state / "server.key"
+
+    @property
     def lock_file(self) -> Path:
         return self.service.runtime_dir / "lock"
 

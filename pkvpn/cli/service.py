@@ -324,7 +324,32 @@ def _reload(args: argparse.Namespace) -> int:
     settings = load_settings(args.config)  # a file that is wrong is refused here already
     _request(settings, "reload", 30.0)
     print("The configuration has been read again.")
+    _tell_concerned(settings)
     return OK
+
+
+def _tell_concerned(settings: Settings) -> None:
+    """Say whose sessions a new certificate will end."""
+    from pkvpn.edge import certificate  # here, since only this verb needs it
+
+    try:
+        shown = certificate.load(*settings.certificate_files)
+        args = {"fingerprint": shown}
+        concerned = ask(str(settings.admin_socket), "session.certificate", args, ANSWER_TIMEOUT)
+    except certificate.CertificateError as error:
+        complain(f"the certificate in use stays: {error}")
+        return
+    except (OSError, ControlError) as error:
+        complain(f"which sessions a new certificate concerns is not known: {error}")
+        return
+    count, names = concerned["concerned"], ", ".join(concerned["sessions"])
+    if count:
+        more = ", ..." if count > len(concerned["sessions"]) else ""
+        print(
+            f"{count} sessions have connections that were shown another certificate. SoftEther's"
+            " client ends such a session when it makes one more connection, and logs in again:"
+            f" {names}{more}"
+        )
 
 
 # The new program is tried, taken over, and then each child is replaced: as long as the slowest of

@@ -78,6 +78,10 @@ class Live(Protocol):
     def sessions(self, hub_id: int | None, page: Page) -> list[dict[str, Any]]:
         """The sessions of one hub or of all; their key is hub and name."""
 
+    def sessions_not_shown(self, certificate: str) -> list[str]:
+        """The sessions, as hub/name, with a connection that was shown another certificate than
+        the one of this fingerprint."""
+
     def sessions_of_users(self, hub_id: int) -> dict[str, int]:
         """How many sessions each user of a hub has who has one."""
 
@@ -252,6 +256,10 @@ class Control:
         hub_id = self._hub(args["hub"]).id if "hub" in args else None
         return _fitting(live.sessions(hub_id, _page(args)))
 
+    def _session_certificate(self, args: Args) -> Any:
+        found = self._running("session.certificate").sessions_not_shown(args["fingerprint"])
+        return {"concerned": len(found), "sessions": found[:_MOST_CONCERNED]}
+
     def _session_kick(self, args: Args) -> Any:
         live = self._running("session.kick")
         hub = self._hub(args["hub"])
@@ -408,6 +416,9 @@ def _fitting(items: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return fitting
 
 
+# Sessions that a new certificate concerns are named up to so many.
+_MOST_CONCERNED = 20
+
 _HUB_OPTIONS = {"online": "flag", "max_sessions": "number", "storm_frames": "number"}
 _USER = {"hub": "text", "name": "text"}
 _PAGE = {"after": "text", "limit": "number"}
@@ -423,6 +434,7 @@ _VERBS = {
     "user.delete": _Verb(_USER, {}),
     "session.list": _Verb({}, {"hub": "text"} | _PAGE),
     "session.kick": _Verb(_USER, {}),
+    "session.certificate": _Verb({"fingerprint": "text"}, {}),
     "mac.list": _Verb({"hub": "text"}, _PAGE),
     "connection.list": _Verb({}, _PAGE),
     "bridge.add": _Verb({"hub": "text", "device": "text"}, {"linux_bridge": "text"}),

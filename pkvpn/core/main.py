@@ -115,8 +115,14 @@ class Connection:
     @property
     def records(self) -> str:
         """Whose TLS record layer it has: "own" or "openssl"."""
-        # An edge says "TLSv1.3 own TLS_AES_256_GCM_SHA384".
+        # An edge says "TLSv1.3 own TLS_AES_256_GCM_SHA384 8d51c3c0a1b2c3d4".
         return self.tls.split(" ")[1] if " " in self.tls else "unknown"
+
+    @property
+    def certificate(self) -> str:
+        """The beginning of the fingerprint of what it was shown; "" if the edge did not say."""
+        words = self.tls.split(" ")
+        return words[3] if len(words) > 3 else ""
 
 
 class Core:
@@ -822,7 +828,8 @@ class Core:
             "user": session.user,
             "client": session.client,
             "peer": connections[0].peer if connections else "",
-            "tls": connections[0].tls if connections else "",
+            "tls": " ".join(connections[0].tls.split(" ")[:3]) if connections else "",
+            "certificate": "+".join(sorted({one.certificate for one in connections})),
             "records": "+".join(sorted({one.records for one in connections})),
             "connections": len(connections),
             "max_connections": session.claim.max_connection,
@@ -835,6 +842,18 @@ class Core:
             "bytes_out": bytes_out,
             "drops": drops,
         }
+
+    def sessions_not_shown(self, certificate: str) -> list[str]:
+        """`Live.sessions_not_shown`."""
+        return [
+            f"{hub.name}/{session.name}"
+            for session in self._sessions.all()
+            if (hub := self._accounts.hubs.get(session.hub_id)) is not None
+            and any(
+                not certificate.startswith(self._connections[conn].certificate or "?")
+                for conn in session.connections
+            )
+        ]
 
     def sessions_of_users(self, hub_id: int) -> dict[str, int]:
         """`Live.sessions_of_users`."""

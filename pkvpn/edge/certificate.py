@@ -16,6 +16,10 @@ from pathlib import Path
 VALIDITY = dt.timedelta(days=20 * 365)
 
 
+# So much of a fingerprint tells the certificates of one server apart.
+SHOWN_SIZE = 16
+
+
 class CertificateError(Exception):
     """These files are not a certificate and its key; the text names them."""
 
@@ -48,9 +52,14 @@ def load(certificate: Path, key: Path) -> str:
     """
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
-        der = ssl.PEM_cert_to_DER_cert(_first_certificate(certificate.read_text()))
+        return fingerprint(certificate)
     except (OSError, ValueError) as error:
         raise CertificateError(f"certificate {certificate} with key {key}: {error}") from None
+
+
+def fingerprint(certificate: Path) -> str:
+    """SHA-256 in hex of the certificate in a file.  Raises OSError, ValueError."""
+    der = ssl.PEM_cert_to_DER_cert(_first_certificate(certificate.read_text()))
     return hashlib.sha256(der).hexdigest()
 
 

@@ -9,9 +9,11 @@ Everything else (TLS 1.2, or a key log that says nothing) stays with OpenSSL.
 
 import os
 import ssl
+from pathlib import Path
 from typing import NamedTuple, cast
 
 from pkvpn.edge import tls_records
+from pkvpn.edge.certificate import SHOWN_SIZE, fingerprint
 from pkvpn.edge.rings import Ring
 from pkvpn.edge.tls_records import Alert, Suite, TLSError
 
@@ -78,22 +80,27 @@ class HandshakeServer:
         self._key = key
         self._key_log = KeyLog()
         self._context: ssl.SSLContext | None = None
+        self._shown = ""
 
     @property
     def loaded(self) -> bool:
         return self._context is not None
 
     def load(self) -> None:
-        """Read the files, for handshakes from now on.  Raises OSError; then all stays as it was.
+        """Read the files, for handshakes from now on.
+
+        Raises OSError or ValueError; then all stays as it was.
 
         The context before lives as long as its last handshake, and keeps its own key log open.
         """
+        shown = fingerprint(Path(self._certificate))[:SHOWN_SIZE]
         self._context = make_context(self._certificate, self._key, self._key_log)
+        self._shown = shown
 
     def begin(self) -> "Handshake":
         """A handshake with somebody.  To be called when it is ``loaded``."""
         assert self._context is not None
-        return Handshake(self._context, self._key_log)
+        return Handshake(self._context, self._key_log, self._shown)
 
     def rehearse(self) -> None:
         """Shake hands with ourselves: the first time costs milliseconds, whoever it is with."""
@@ -126,9 +133,20 @@ class Handshake:
     ``feed`` what has come, send what ``feed`` returns, until ``done``.
     """
 
-    __slots__ = ("_incoming", "_key_log", "_outgoing", "_received", "_secrets", "done", "tls")
+    __slots__ = (
+        "_incoming",
+        "_key_log",
+        "_outgoing",
+        "_received",
+        "_secrets",
+        "_shown",
+        "done",
+        "tls",
+    )
 
-    def __init__(self, context: ssl.SSLContext, key_log: KeyLog) -> None:
+    def __init__(self, context: ssl.SSLContext, key_log: KeyLog, shown: str = "") -> None:
+        """``shown``: what to call the certificate of this context."""
+        self._shown = shown
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
         self._key_log = key_log
@@ -195,9 +213,13 @@ class Handshake:
         return self._incoming, self._outgoing
 
     def describe(self, records: str) -> str:
-        """Such as "TLSv1.3 own TLS_AES_256_GCM_SHA384"; ``records``: own or openssl."""
+        """Such as "TLSv1.3 own TLS_AES_256_GCM_SHA384 8d51c3c0a1b2c3d4".
+
+        ``records``: own or openssl.  The last is the certificate that was shown.
+        """
         cipher = self.tls.cipher()
-        return f"{self.tls.version()} {records} {cipher[0] if cipher else 'no cipher'}"
+        words = [self.tls.version(), records, cipher[0] if cipher else "none", self._shown]
+        return " ".join(word for word in words if word)
 
 
 class OpenSSLRecords:

@@ -248,7 +248,7 @@ def load_certificate(child: Child, settings: EdgeSettings, tls: HandshakeServer)
         tls.load()
     except certificate.CertificateError as error:
         raise SystemExit(str(error)) from None
-    except OSError as error:
+    except (OSError, ValueError) as error:
         files = f"certificate {settings.certificate} with key {settings.key}"
         raise SystemExit(f"{files}: {error}") from None
     if made:
@@ -649,7 +649,7 @@ class Edge:
         try:
             certificate.load(Path(self.settings.certificate), Path(self.settings.key))
             self._tls.load()
-        except (certificate.CertificateError, OSError) as error:
+        except (certificate.CertificateError, OSError, ValueError) as error:
             _log.error("the certificate in use stays: %s", error)
 
     def _tick(self) -> None:

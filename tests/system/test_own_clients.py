@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
 import os
 import resource
 import socket
 import ssl
 import struct
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +19,7 @@ from typing import Any
 import pytest
 
 from pkvpn.client.session import LoginRefused, VpnClient, client_context
+from pkvpn.edge import certificate
 from pkvpn.watchdog.control import ControlError
 from tests.support import eventually
 from tests.system.bed import Service
@@ -479,6 +482,33 @@ def test_a_client_with_tls_1_2_goes_on(service: Service, victims: list[str]) -> 
         assert client.logins == 1
         assert client.resumptions == int("edge-1" in victims)
         assert (two.logins, two.resumptions) == (1, 0)
+
+
+def test_a_reload_says_whom_a_new_certificate_concerns(service: Service) -> None:
+    state = service.directory / "state"
+
+    def shown(user: str) -> str:
+        (session,) = service.sessions("T", user)
+        return f"{session['certificate']}"
+
+    with logged_in(service, "u1") as (old,):
+        name = service.sessions("T", "u1")[0]["name"]
+        assert "another certificate" not in service.cli("reload")
+        (state / "server.crt").unlink()
+        certificate.ensure(state / "server.crt", state / "server.key", "x", dt.datetime.now(dt.UTC))
+        assert f": T/{name}\n" in service.cli("reload")
+
+        def is_shown() -> bool:
+            with logged_in(service, "u2"):
+                return shown("u2") != shown("u1")
+
+        eventually(is_shown)  # the order reaches an edge a moment later
+        with logged_in(service, "u2"):
+            assert f": T/{name}\n" in service.cli("reload")
+        assert old.established
+        (state / "server.key").write_text("no key")
+        done = subprocess.run(service._line("reload"), capture_output=True, text=True, check=True)
+        assert "the certificate in use stays" in done.stderr
 
 
 def test_nothing_is_left_by_a_stop(service: Service) -> None:
