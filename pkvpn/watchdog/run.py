@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
 
 from pkvpn.watchdog import instance, sweep, upgrade
+from pkvpn.watchdog.child import ALL_SIGNALS
 from pkvpn.watchdog.spec import TreeSpec
 from pkvpn.watchdog.supervisor import EXIT_INTERNAL, EXIT_OK, EXIT_START_FAILED, Report, Supervisor
 from pkvpn.watchdog.titles import set_title
@@ -29,6 +31,8 @@ def run_tree(
     {"ready": True, ...}, {"error": text, "code": n} or {"already": pid}.
     ``resume_fd``: the table of the image before an upgrade.
     """
+    # Whoever hits us while we start is answered as soon as there is somebody who can.
+    signal.pthread_sigmask(signal.SIG_BLOCK, ALL_SIGNALS)
     _fill_standard_streams()
     _raise_descriptor_limit()
     set_title(spec.title or spec.name, spec.comm or spec.name)

@@ -15,12 +15,16 @@ import pytest
 from pkvpn.watchdog import instance, procfs
 from pkvpn.watchdog.control import ControlError
 from pkvpn.watchdog.policy import OnLimit
-from pkvpn.watchdog.spec import TreeSpec
+from pkvpn.watchdog.spec import HeldSpec, TreeSpec
 from pkvpn.watchdog.supervisor import EXIT_GAVE_UP
 from tests.support import eventually
 from tests.watchdog.running import POLICY, Running, all_gone, child, running, spec_in
 
 pytestmark = pytest.mark.slow
+
+
+# Times two are killed one after the other; `PKVPN_KILL_ROUNDS=200` takes a minute.
+KILL_ROUNDS = int(os.environ.get("PKVPN_KILL_ROUNDS", "52"))
 
 
 def ends_cleanly(tree: Running, pids: list[int]) -> None:
@@ -152,6 +156,28 @@ def test_a_request_to_end_ends_the_service_whoever_gets_it(
         tree.signal(number, name)
         ends_cleanly(tree, pids)
         assert tree.journal("stop-asked")[0]["by"] == (name or "signal")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT])
+def test_a_signal_in_the_middle_of_the_start_means_what_it_means_later(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    """Also before the watchdog can do anything about it."""
+    spec = spec_in(tmp_path, child("one"), held=(HeldSpec("hit", lambda: hit_ourselves(number)),))
+    with running(tmp_path, spec, wait=False) as tree:
+        if number in (signal.SIGTERM, signal.SIGINT):
+            ends_cleanly(tree, [])
+            assert tree.journal("stop-asked")[0]["by"] == "signal"
+        else:
+            assert tree.last_word()["ready"]
+            event = "reloaded" if number == signal.SIGHUP else "status"
+            eventually(lambda: tree.journal(event))
+
+
+def hit_ourselves(number: signal.Signals) -> list[int]:
+    """An opener, which the watchdog calls before it hears signals."""
+    os.kill(os.getpid(), number)
+    return [os.open(os.devnull, os.O_RDONLY)]
 
 
 @pytest.mark.parametrize("how", ["blocked_on_a_lock", "busy_in_c"])
@@ -287,6 +313,32 @@ def test_nor_one_that_has_just_been_born(tmp_path: Path) -> None:
             os.kill(tree.pid, signal.SIGKILL)
             assert tree.wait_end() == -signal.SIGKILL
             eventually(lambda tree=tree: tree.holders() == [])  # type: ignore[misc]
+
+
+def test_nor_does_one_whose_death_was_followed_by_the_watchdogs(tmp_path: Path) -> None:
+    """Somebody kills the child first, sees it come back, and kills the watchdog: 0 to 5 ms apart,
+    which is before, in and after the respawn."""
+    for round_ in range(KILL_ROUNDS):
+        directory = tmp_path / str(round_)
+        directory.mkdir()
+        with running(directory, spec_in(directory, child("one"))) as tree:
+            victim = tree.pid_of("one")
+            os.kill(victim, signal.SIGKILL)
+            time.sleep(round_ % 26 * 0.0002)
+            os.kill(tree.pid, signal.SIGKILL)
+            assert tree.wait_end() == -signal.SIGKILL
+            eventually(lambda tree=tree: tree.holders() == [])  # type: ignore[misc]
+
+
+def test_nor_one_that_was_being_stopped(tmp_path: Path) -> None:
+    bad = child("bad", "ignores_the_stop", tmp_path, stop_timeout=30.0)
+    with running(tmp_path, spec_in(tmp_path, bad, child("two"))) as tree:
+        tree.trigger.touch()
+        eventually(lambda: not tree.trigger.exists())
+        tree.ask("stop")
+        eventually(lambda: tree.child("two")["state"] == "down")
+        kill_watchdog(tree)
+        assert tree.holders() == []
 
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace opens the window from outside")

@@ -9,18 +9,18 @@ import socket
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pkvpn.watchdog import sweep
+from pkvpn.watchdog import instance, procfs, sweep
 from pkvpn.watchdog.control import ControlError, ask
 from pkvpn.watchdog.journal import read_entries
 from pkvpn.watchdog.upgrade import Trial, UpgradeError, read_table
-from tests.support import eventually
+from tests.support import eventually, process_gone
 
 pytestmark = pytest.mark.slow
 
@@ -94,14 +94,17 @@ class Tiny:
         self.package.mkdir(parents=True)
         (self.package / "__init__.py").write_text("")
         self.write(1)
+        self.start()
+        self.client: socket.socket | None = None
+
+    def start(self) -> None:
         root = Path(__file__).parents[2]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tinyd", str(directory)],
-            env={**os.environ, "PYTHONPATH": f"{directory}/code:{root}",
+            [sys.executable, "-m", "tinyd", str(self.directory)],
+            env={**os.environ, "PYTHONPATH": f"{self.directory}/code:{root}",
                  "PYTHONDONTWRITEBYTECODE": "1"},
             cwd="/",
         )  # fmt: skip
-        self.client: socket.socket | None = None
 
     def write(self, version: int, *, in_main: str = "pass", in_door: str = "pass") -> None:
         code = textwrap.dedent(_CODE).replace("VERSION = 1", f"VERSION = {version}")
@@ -303,6 +306,36 @@ def test_a_watchdog_that_fails_goes_on_with_its_children_and_connections(tiny: T
     assert tiny.process.pid == tiny.status()["watchdog"]["pid"]
     assert tiny.says()[0] == said[0]
     assert set(tiny.pids()) == set(pids)
+
+
+def in_trial(tiny: Tiny) -> bool:
+    return bool(tiny.status()["watchdog"]["upgrade"] == "trying")
+
+
+def in_exec(tiny: Tiny) -> bool:
+    """The launcher runs, and the new image does not call itself by its name yet."""
+    return "/proc/self/fd/" in procfs.title_of(tiny.process.pid)
+
+
+def in_rollover(tiny: Tiny) -> bool:
+    return bool(tiny.status()["watchdog"]["image"] == 2)
+
+
+@pytest.mark.parametrize("window", [in_trial, in_exec, in_rollover])
+def test_nobody_outlives_a_watchdog_that_is_killed_in_an_upgrade(
+    tiny: Tiny, window: Callable[[Tiny], bool]
+) -> None:
+    tiny.write(2)
+    tiny.ask("upgrade")
+    eventually(lambda: window(tiny), every=0.0005)
+    everybody = procfs.descendants(tiny.process.pid)
+    tiny.process.kill()
+    tiny.process.wait()
+    eventually(lambda: all(process_gone(pid) for pid in everybody))
+    lock = str(tiny.directory / "run" / instance.LOCK_NAME)
+    eventually(lambda: instance.holders(lock) == [])
+    tiny.start()
+    eventually(lambda: tiny.status()["state"] == "up")
 
 
 def test_two_upgrades_at_once_are_one(tiny: Tiny) -> None:
