@@ -485,3 +485,7 @@ def _route_logging(birth: Birth) -> None:
     root = logging.getLogger()
     root.handlers[:] = [LogPipe(birth.log).handler()]
     root.setLevel(birth.log_level)
+    # What nobody sends need not be looked up for each line (see "Optimization" in the manual of
+    # logging): from where it was called, and by which thread.
+    logging._srcfile = None  # noqa: SLF001  the documented way
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False

@@ -42,8 +42,8 @@ MAX_MESSAGE = 60 * 1024
 _BATCH = 128
 
 # Seconds between two batches.  Lines come in crowds, and each read by itself costs a wake-up, which
-# is as much as the line; the pipe has room for some hundred.
-_PAUSE = 0.01
+# is as much as the line; a pipe has room for some hundred.
+_PAUSE = 0.05
 
 # Longest wait at the end for what is still queued.
 _DRAIN_BUDGET = 1.0
@@ -226,6 +226,8 @@ def main(child: _Child, settings: LogSettings) -> None:
     pipes = _Pipes(dict(zip(child.held(settings.held), settings.senders, strict=True)), writer)
     poller = pipes.poller
     poller.register(child.fileno(), select.POLLIN)
+    orders = select.poll()
+    orders.register(child.fileno(), select.POLLIN)
     child.ready()
     try:
         while pipes.open and not child.stopping:
@@ -234,8 +236,11 @@ def main(child: _Child, settings: LogSettings) -> None:
             events = dict(poller.poll(max(0.0, wait) * 1000))
             if events.keys() - {child.fileno()}:
                 duty.waiting_since = time.monotonic()
-                duty.done += pipes.read()
+                count = pipes.read()
+                duty.done += count
                 duty.waiting_since = 0.0
+                if count < _BATCH:
+                    orders.poll(1000 * min(_PAUSE, child.turn(time.monotonic())))
             writer.expire(time.monotonic())
             if child.fileno() in events:
                 child.receive()
