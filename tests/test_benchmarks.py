@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import importlib.util
 import json
 import os
 import socket
+import ssl
 import sys
 import threading
 from pathlib import Path
@@ -19,6 +21,9 @@ from benchmarks.__main__ import PAGES, PROGRAMS, README, as_measured, with_figur
 from benchmarks.echo import Asker
 from benchmarks.gaps import LOADED, UNLOADED
 from benchmarks.recording import Row, Screen, draw
+from benchmarks.reloads import HAPROXY, NGINX, back_ms
+from benchmarks.streams import Line, answer
+from pkvpn.edge import certificate
 
 
 def a_result(**changes: Any) -> dict[str, Any]:
@@ -159,3 +164,93 @@ def test_a_picture_that_does_not_move_shows_the_last_frame() -> None:
     }  # fmt: skip
     times = {one.text: [set_.get("begin") for set_ in one] for one in texts}
     assert times == {"first": [], "a < b": ["t.begin+1.00s"], "last": ["t.begin"]}
+
+
+# --- who is cut off
+
+
+def test_who_was_not_cut_is_back_when_it_is_heard_and_who_never_came_back_has_no_time() -> None:
+    assert back_ms({"connections_cut": 0, "silence_ms": 5.0, "back_ms": None}) == 5.0
+    assert back_ms({"connections_cut": 1, "silence_ms": 5.0, "back_ms": 70.0}) == 70.0
+    assert back_ms({"connections_cut": 2, "silence_ms": 39000.0, "back_ms": None}) is None
+    assert back_ms({"connections_cut": 1, "silence_ms": 8.0}) == 8.0
+
+
+def test_the_proxies_are_given_whole_configurations() -> None:
+    for text in (HAPROXY, NGINX):
+        made = text.format(directory="/place")
+        assert made.count("{") == made.count("}")
+        assert "/place/" in made
+
+
+class CuttingProxy:
+    """Takes TLS, passes it on, and cuts the first connection when it is told to."""
+
+    def __init__(self, place: Path, behind: int) -> None:
+        cert, key = place / "c", place / "k"
+        certificate.ensure(cert, key, "localhost", dt.datetime.now(dt.UTC))
+        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self._context.load_cert_chain(cert, key)
+        self._behind = behind
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self.cut = threading.Event()
+        self._threads = [threading.Thread(target=self._accept)]
+        self._threads[0].start()
+
+    def _accept(self) -> None:
+        for number in range(2):
+            plain, _ = self._listener.accept()
+            self._threads.append(threading.Thread(target=self._pass_on, args=(plain, number)))
+            self._threads[-1].start()
+
+    def _pass_on(self, plain: socket.socket, number: int) -> None:
+        with (
+            self._context.wrap_socket(plain, server_side=True) as near,
+            socket.create_connection(("127.0.0.1", self._behind)) as far,
+        ):
+            near.settimeout(0.05)
+            while not (number == 0 and self.cut.is_set()):
+                try:
+                    data = near.recv(65536)
+                    if not data:
+                        return
+                    far.sendall(data)
+                    near.sendall(far.recv(65536))
+                except TimeoutError:
+                    continue
+                except OSError:
+                    return
+
+    def close(self) -> None:
+        for thread in self._threads:
+            thread.join()
+        self._listener.close()
+
+
+@pytest.mark.slow
+def test_a_stream_that_is_cut_is_counted_and_dialled_again(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        behind = free.getsockname()[1]
+    pid = common.fork(lambda: answer(behind))
+    try:
+        common.wait_until(lambda: _serves(behind), 5.0, "the echo")
+        proxy = CuttingProxy(tmp_path, behind)
+        line = Line(proxy.port)
+        whole = line.round(0.3)
+        assert (whole["due"], whole["connections_cut"], whole["lost"]) == (300, 0, 0)
+        assert whole["back_ms"] is None
+        assert whole["sent"] > 0
+        proxy.cut.set()
+        cut = line.round(0.5)
+        assert cut["connections_cut"] == 1
+        assert cut["back_ms"] > 0.0
+        line.close()
+        proxy.close()
+    finally:
+        common.end([pid])
+
+
+def _serves(port: int) -> bool:
+    socket.create_connection(("127.0.0.1", port)).close()
+    return True

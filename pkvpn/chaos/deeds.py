@@ -61,6 +61,18 @@ Deed = Callable[..., AbstractContextManager[None]]
 _AGAIN_TIMEOUT = 10.0
 
 
+def _pids(lab: Lab) -> dict[str, int]:
+    """Of all children; another fault may just have ended one of them."""
+
+    def all_there() -> dict[str, int] | None:
+        pids = lab.tree.pids()
+        return pids if set(lab.tree.children()) <= set(pids) else None
+
+    found = wait_until(all_there, _AGAIN_TIMEOUT, "every child has a process")
+    assert found is not None
+    return found
+
+
 def _send(pid: int, number: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
@@ -71,7 +83,7 @@ def _send(pid: int, number: int) -> None:
 
 @contextmanager
 def _killed(lab: Lab, *names: str) -> Iterator[None]:
-    pids = lab.tree.pids()
+    pids = _pids(lab)
     lab.strike()
     for name in names:
         _send(pids[name], signal.SIGKILL)
@@ -81,7 +93,7 @@ def _killed(lab: Lab, *names: str) -> Iterator[None]:
 @contextmanager
 def _killed_again(lab: Lab, name: str, times: int) -> Iterator[None]:
     """Kill it, and each successor as soon as there is one."""
-    last = lab.tree.pids()[name]
+    last = _pids(lab)[name]
     lab.strike()
     _send(last, signal.SIGKILL)
     for _ in range(times):
@@ -98,7 +110,7 @@ def _killed_again(lab: Lab, name: str, times: int) -> Iterator[None]:
 
 @contextmanager
 def _signalled(lab: Lab, name: str, what: str) -> Iterator[None]:
-    pids = lab.tree.pids()
+    pids = _pids(lab)
     if name == "children":
         del pids["watchdog"]
     chosen = list(pids.values()) if name in ("all", "children") else [pids[name]]
@@ -153,7 +165,7 @@ def _ptrace(request: int, pid: int) -> None:
 
 @contextmanager
 def _traced(lab: Lab, name: str, killed: bool) -> Iterator[None]:
-    pid = lab.tree.pids()[name]
+    pid = _pids(lab)[name]
     lab.strike()
     _ptrace(_PTRACE_SEIZE, pid)
     _ptrace(_PTRACE_INTERRUPT, pid)
@@ -200,7 +212,7 @@ def _enter(group: Path, pid: int) -> None:
 @contextmanager
 def _frozen(lab: Lab, names: Sequence[str], killed: bool) -> Iterator[None]:
     with _group("freezer") as group:
-        pids = lab.tree.pids()
+        pids = _pids(lab)
         for name in names:
             _enter(group, pids[name])
         state = group / "freezer.state"
@@ -220,7 +232,7 @@ def _frozen(lab: Lab, names: Sequence[str], killed: bool) -> Iterator[None]:
 @contextmanager
 def _starved(lab: Lab, name: str) -> Iterator[None]:
     """It runs only when nobody else wants to, and others want to all the time."""
-    pid = lab.tree.pids()[name]
+    pid = _pids(lab)[name]
     os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))
     hogs: list[subprocess.Popen[bytes]] = []
     try:
@@ -242,7 +254,7 @@ def _starved(lab: Lab, name: str) -> Iterator[None]:
 
 @contextmanager
 def _watchdog_paused(lab: Lab, name: str = "", what: str = "") -> Iterator[None]:
-    pids = lab.tree.pids()
+    pids = _pids(lab)
     lab.strike()
     os.kill(pids["watchdog"], signal.SIGSTOP)
     try:
@@ -257,7 +269,7 @@ def _watchdog_paused(lab: Lab, name: str = "", what: str = "") -> Iterator[None]
 
 @contextmanager
 def _watchdog_killed(lab: Lab, moment: str) -> Iterator[None]:
-    tree, pids = lab.tree, lab.tree.pids()
+    tree, pids = lab.tree, _pids(lab)
     victim = pids["watchdog"]
     if moment == "start":
         tree.stop()
@@ -296,7 +308,7 @@ def _watchdog_killed(lab: Lab, moment: str) -> Iterator[None]:
 @contextmanager
 def _killed_in_fork(lab: Lab) -> Iterator[None]:
     """The new child is kept in its first system call until its parent is dead."""
-    tree, pids = lab.tree, lab.tree.pids()
+    tree, pids = lab.tree, _pids(lab)
     command = ["strace", "-f", "-q", "-o", "/dev/null", "-e", "trace=prctl"]
     command += ["-e", "inject=prctl:delay_enter=500000", "-p", str(pids["watchdog"])]
     tracer = subprocess.Popen(command, stderr=subprocess.DEVNULL)
@@ -319,7 +331,7 @@ def _killed_in_fork(lab: Lab) -> Iterator[None]:
 
 @contextmanager
 def _everything_killed(lab: Lab, order: str = "") -> Iterator[None]:
-    pids = lab.tree.pids()
+    pids = _pids(lab)
     watchdog = pids.pop("watchdog")
     lab.strike()
     if order:
@@ -336,7 +348,7 @@ def _everything_killed(lab: Lab, order: str = "") -> Iterator[None]:
 
 @contextmanager
 def _stopped_by(lab: Lab, name: str, times: int) -> Iterator[None]:
-    pid = lab.tree.pids()[name]
+    pid = _pids(lab)[name]
     lab.strike()
     for _ in range(times):
         _send(pid, signal.SIGTERM)
@@ -349,7 +361,7 @@ def _stopped_by(lab: Lab, name: str, times: int) -> Iterator[None]:
 
 @contextmanager
 def _watchdog_bug(lab: Lab, where: str, victim: str = "") -> Iterator[None]:
-    pids = lab.tree.pids()
+    pids = _pids(lab)
     lab.strike()
     injector.order_bug(_orders(lab), injector.POLICY if where == "policy" else injector.LOOP)
     if victim:
@@ -365,7 +377,7 @@ def _limited(
     lab: Lab, name: str, what: str, value: int, victim: str = "", for_good: bool = False
 ) -> Iterator[None]:
     """Lower a limit of a process, and kill another one meanwhile."""
-    pids = lab.tree.pids()
+    pids = _pids(lab)
     number = getattr(resource, f"RLIMIT_{what}")
     before = resource.prlimit(pids[name], number)
     lab.strike()
@@ -382,7 +394,7 @@ def _limited(
 
 @contextmanager
 def _limited_and_ordered(lab: Lab, name: str, what: str, way: str) -> Iterator[None]:
-    size = int(Path(f"/proc/{lab.tree.pids()[name]}/statm").read_text().split()[0])
+    size = int(Path(f"/proc/{_pids(lab)[name]}/statm").read_text().split()[0])
     value = size * resource.getpagesize() + (64 << 20)
     with _limited(lab, name, what, value, for_good=True):
         injector.order(_orders(lab), name, way)
@@ -391,7 +403,7 @@ def _limited_and_ordered(lab: Lab, name: str, what: str, way: str) -> Iterator[N
 
 @contextmanager
 def _no_processes(lab: Lab, victim: str) -> Iterator[None]:
-    pids = lab.tree.pids()
+    pids = _pids(lab)
     with _group("pids") as group:
         _enter(group, pids["watchdog"])
         limit = group / "pids.max"
@@ -406,7 +418,7 @@ def _no_processes(lab: Lab, victim: str) -> Iterator[None]:
 
 @contextmanager
 def _out_of_memory(lab: Lab, name: str) -> Iterator[None]:
-    pid = lab.tree.pids()[name]
+    pid = _pids(lab)[name]
     with _group("memory") as group:
         (group / "memory.limit_in_bytes").write_text(str(48 << 20))
         _enter(group, pid)
@@ -429,7 +441,7 @@ def _database_full(lab: Lab) -> Iterator[None]:
 
 @contextmanager
 def _logs_removed(lab: Lab, victim: str) -> Iterator[None]:
-    pids = lab.tree.pids()
+    pids = _pids(lab)
     lab.strike()
     for path in lab.tree.state.iterdir():
         if path.name == "crashes":
@@ -442,7 +454,7 @@ def _logs_removed(lab: Lab, victim: str) -> Iterator[None]:
 
 @contextmanager
 def _killed_in_writes(lab: Lab, name: str) -> Iterator[None]:
-    pid = lab.tree.pids()[name]
+    pid = _pids(lab)[name]
     lab.make_account()
     lab.strike()
     for number in range(10):
@@ -464,7 +476,7 @@ def _runtime_cleared(lab: Lab) -> Iterator[None]:
 
 @contextmanager
 def _port_contended(lab: Lab) -> Iterator[None]:
-    pids = lab.tree.pids()
+    pids = _pids(lab)
     lab.strike()
     _send(pids["core"], signal.SIGKILL)
     _send(pids["edge-1"], signal.SIGKILL)
@@ -489,7 +501,7 @@ def _port_contended(lab: Lab) -> Iterator[None]:
 
 @contextmanager
 def _second_starts(lab: Lab, count: int) -> Iterator[None]:
-    pid = lab.tree.pids()["watchdog"]
+    pid = _pids(lab)["watchdog"]
     lab.strike()
     for _ in range(count):
         process, answer = lab.tree.launch()
@@ -527,7 +539,7 @@ def _start_race(lab: Lab, count: int) -> Iterator[None]:
 
 @contextmanager
 def _start_while_stopping(lab: Lab) -> Iterator[None]:
-    pid = lab.tree.pids()["watchdog"]
+    pid = _pids(lab)["watchdog"]
     lab.strike()
     os.kill(pid, signal.SIGTERM)
     process, answer = lab.tree.launch()
@@ -587,7 +599,7 @@ def _left_behind(lab: Lab, what: str) -> Iterator[None]:
 
 @contextmanager
 def _everything_killed_and_left(lab: Lab) -> Iterator[None]:
-    pids = lab.tree.pids()
+    pids = _pids(lab)
     lab.strike()
     for pid in pids.values():
         _send(pid, signal.SIGKILL)
@@ -625,7 +637,7 @@ def _started_oddly(lab: Lab, how: str) -> Iterator[None]:
 
 @contextmanager
 def _asked(lab: Lab, verb: str, name: str = "", victim: str = "") -> Iterator[None]:
-    pids = lab.tree.pids()
+    pids = _pids(lab)
     lab.strike()
     if victim:
         _send(pids[victim], signal.SIGKILL)
@@ -655,7 +667,7 @@ def _wrong_reload(lab: Lab) -> Iterator[None]:
 
 @contextmanager
 def _upgraded(lab: Lab, to: str) -> Iterator[None]:
-    tree, pids = lab.tree, lab.tree.pids()
+    tree, pids = lab.tree, _pids(lab)
     module = tree.code / "pkvpn" / "core" / "main.py"
     right = module.read_text(encoding="utf-8")
     wrong = {
@@ -745,7 +757,7 @@ def _wrong_passwords(lab: Lab, count: int) -> Iterator[None]:
 @contextmanager
 def _login_storm(lab: Lab, count: int, victim: str = "") -> Iterator[None]:
     """All at once; whoever is cut off by the death of a child tries again, as clients do."""
-    pids = lab.tree.pids()
+    pids = _pids(lab)
     lab.strike()
     clients = [
         VpnClient("127.0.0.1", lab.tree.port, HUB, USERS[number % 2], PASSWORD)
