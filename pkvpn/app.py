@@ -20,7 +20,7 @@ from typing import Any
 
 from pkvpn import logs
 from pkvpn.cli import complain
-from pkvpn.client.canary_main import REACH_CORE, REACH_EDGE, CanarySettings
+from pkvpn.client.canary_main import REACH_CORE, REACH_EDGE, TRIES, CanarySettings
 from pkvpn.client.canary_main import main as canary_main
 from pkvpn.config import ConfigError, Settings, load, make_directories
 from pkvpn.core.main import main as core_main
@@ -181,8 +181,8 @@ class Service:
         return self._child(
             "canary", canary_main, settings, held=("canary",), duties=(REACH_EDGE, REACH_CORE),
             accuses=(
-                Accuses(REACH_EDGE, tuple(edges), times=2, excused_by=("accept", "login")),
-                Accuses(REACH_CORE, ("core",), times=2, excused_by=("login",)),
+                Accuses(REACH_EDGE, tuple(edges), times=TRIES, excused_by=("accept", "login")),
+                Accuses(REACH_CORE, ("core",), times=TRIES, excused_by=("login",)),
             ),
         )  # fmt: skip
 

@@ -335,7 +335,11 @@ class Canary:
         5.0, 0.05, 3600.0, "From one login of the canary to the next, at the next address."
     )
     timeout: float = _seconds(
-        2.0, 0.1, 600.0, "Time after which an unanswered login means that the service is deaf."
+        2.0,
+        0.1,
+        600.0,
+        "Time after which an unanswered login means that the service is deaf. It is tried twice, "
+        "each for half of it.",
     )
 
 

@@ -27,6 +27,10 @@ REACH_CORE = "reach-core"
 # Stages of a visit at which the connection itself was what did not come about.
 _EDGE_STAGES = ("tcp", "tls")
 
+# A visit that fails is tried again within the time-out: one request that was lost on a busy
+# machine is no proof.
+TRIES = 2
+
 # Until the first visit goes well: the operator waits for `start` to return.
 _EAGER_INTERVAL = 0.05
 # But not for ever: a service that is broken should not be busy with its canary.
@@ -39,7 +43,8 @@ _ANY = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "*": "127.0.0.1", "::": "::1", 
 @dataclass(frozen=True, slots=True)
 class CanarySettings:
     """``addresses()``: where the service really listens, asked when the child starts.
-    ``interval``: seconds between the starts of two visits.  ``timeout``: of one visit."""
+    ``interval``: seconds between the starts of two visits.  ``timeout``: of one visit, all its
+    `TRIES` together."""
 
     addresses: Callable[[], tuple[tuple[str, int], ...]]
     interval: float = 5.0
@@ -49,16 +54,25 @@ class CanarySettings:
 class Round:
     """Decides which address is visited when, and what to report (pure).
 
-    ``addresses``: host and port each, any-addresses as they are configured.
+    ``addresses``: host and port each, any-addresses as they are configured.  ``interval`` and
+    ``timeout`` as in `CanarySettings`.
     """
 
     def __init__(
-        self, addresses: tuple[tuple[str, int], ...], interval: float, *, now: float
+        self,
+        addresses: tuple[tuple[str, int], ...],
+        interval: float,
+        timeout: float,
+        *,
+        now: float,
     ) -> None:
         if not addresses:
             raise ValueError("the canary has no address to visit")
         self._addresses = addresses
         self._interval = interval
+        self.try_timeout = timeout / TRIES
+        self._failed = 0  # tries of this visit
+        self._visit_began = now
         self._visit = -1  # index of the address that is visited now
         self._eager_until = now + _EAGER_PERIOD
         self._started_at = now
@@ -69,9 +83,11 @@ class Round:
         self.done = 0
 
     def start(self, now: float) -> tuple[str, int]:
-        """To be called when a visit begins; the address to visit."""
-        self._visit = (self._visit + 1) % len(self._addresses)
+        """To be called when a try begins; the address to visit."""
         self._started_at = now
+        if not self._failed:
+            self._visit = (self._visit + 1) % len(self._addresses)
+            self._visit_began = now
         host, port = self._addresses[self._visit]
         return _ANY.get(host, host.strip("[]")), port
 
@@ -84,21 +100,25 @@ class Round:
         else:
             duty = REACH_EDGE if result.stage in _EDGE_STAGES else REACH_CORE
             self._troubles[self._visit] = (duty, self._started_at)
+        self._failed = 0 if result.ok else (self._failed + 1) % TRIES
         if not self.well and now < self._eager_until:
+            self._failed = 0
             self.visit_at = now + _EAGER_INTERVAL
+        elif self._failed:
+            self.visit_at = max(now, self._started_at + self.try_timeout)
         else:
-            self.visit_at = max(now, self._started_at + self._interval)
+            self.visit_at = max(now, self._visit_began + self._interval)
 
     def waiting_since(self, duty: str) -> float:
         """Since when an address does not serve by the fault of those whom ``duty`` accuses: the
-        latest visit that found it so; 0.0: all serve."""
+        latest try that found it so; 0.0: all serve."""
         return max((since for one, since in self._troubles.values() if one == duty), default=0.0)
 
 
 def main(child: Child, settings: CanarySettings) -> None:
     """The canary's life; to be run by the watchdog, which holds "canary" for it."""
     secret = os.pread(child.held("canary")[0], SECRET_SIZE, 0)
-    rounds = Round(settings.addresses(), settings.interval, now=time.monotonic())
+    rounds = Round(settings.addresses(), settings.interval, settings.timeout, now=time.monotonic())
     news = _News()
     visit: CanaryCheck | None = None
     address = ("", 0)
@@ -116,7 +136,7 @@ def main(child: Child, settings: CanarySettings) -> None:
                 if time.monotonic() < rounds.visit_at:
                     continue
                 address = rounds.start(time.monotonic())
-                visit = CanaryCheck(*address, secret, settings.timeout)
+                visit = CanaryCheck(*address, secret, rounds.try_timeout)
                 epoll.register(visit.fileno(), select.EPOLLIN)
             result = visit.step()
             if result is None:

@@ -109,7 +109,7 @@ def failed(stage: str) -> CanaryResult:
 
 def test_addresses_are_visited_in_turn_and_any_means_here() -> None:
     addresses = (("0.0.0.0", 1), ("::", 2), ("[::]", 3), ("10.0.0.1", 4))
-    it = Round(addresses, 5.0, now=0.0)
+    it = Round(addresses, 5.0, 2.0, now=0.0)
     seen = [it.start(0.0) for _ in range(5)]
     here = [("127.0.0.1", 1), ("::1", 2), ("::1", 3), ("10.0.0.1", 4), ("127.0.0.1", 1)]
     assert seen == here
@@ -117,18 +117,36 @@ def test_addresses_are_visited_in_turn_and_any_means_here() -> None:
 
 def test_no_address_is_an_error() -> None:
     with pytest.raises(ValueError, match="no address"):
-        Round((), 5.0, now=0.0)
+        Round((), 5.0, 2.0, now=0.0)
 
 
 def test_at_the_start_it_tries_every_50_ms_for_10_seconds() -> None:
-    it = Round(HERE, 5.0, now=0.0)
+    it = Round(HERE, 5.0, 2.0, now=0.0)
     assert it.visit_at == 0.0
-    it.start(0.0)
+    assert it.start(0.0) == HERE[0]
     it.finish(failed("tcp"), 0.01)
     assert it.visit_at == pytest.approx(0.06)
-    it.start(9.9)
+    assert it.start(9.9) == HERE[1]
     it.finish(failed("tcp"), 10.0)
-    assert it.visit_at == pytest.approx(14.9)
+    assert it.visit_at == pytest.approx(10.9)
+
+
+def test_a_visit_that_fails_is_tried_again_there_and_both_within_the_timeout() -> None:
+    it = Round(HERE, 5.0, 2.0, now=0.0)
+    it.start(0.0)
+    it.finish(WELL, 0.1)
+    assert it.start(5.0) == HERE[1]
+    it.finish(failed("tls"), 5.2)  # at once: the other try has its own half of the time
+    assert (it.waiting_since(REACH_EDGE), it.visit_at, it.try_timeout) == (5.0, 6.0, 1.0)
+    assert it.start(6.0) == HERE[1]
+    it.finish(failed("tls"), 7.0)
+    # Two troubles in a row, which is what it takes to accuse somebody; then the next address.
+    assert (it.waiting_since(REACH_EDGE), it.visit_at) == (6.0, 10.0)
+    assert it.start(10.0) == HERE[0]
+    it.finish(failed("tls"), 11.0)
+    assert it.start(11.0) == HERE[0]
+    it.finish(WELL, 11.1)
+    assert (it.visit_at, it.start(15.0)) == (15.0, HERE[1])
 
 
 @pytest.mark.parametrize(
@@ -142,32 +160,31 @@ def test_at_the_start_it_tries_every_50_ms_for_10_seconds() -> None:
     ],
 )
 def test_how_far_it_came_tells_who_is_accused(stage: str, accused: str) -> None:
-    it = Round(HERE, 5.0, now=0.0)
+    it = Round(HERE, 5.0, 2.0, now=0.0)
     it.start(1.0)
     it.finish(failed(stage), 3.0)
     (other,) = {REACH_EDGE, REACH_CORE} - {accused}
     assert (it.waiting_since(accused), it.waiting_since(other)) == (1.0, 0.0)
 
 
-def test_a_trouble_lasts_until_that_address_serves_and_is_as_new_as_its_last_visit() -> None:
-    it = Round(HERE, 5.0, now=0.0)
+def test_a_trouble_lasts_until_that_address_serves_and_is_as_new_as_its_last_try() -> None:
+    it = Round(HERE, 5.0, 2.0, now=0.0)
     it.start(0.0)
     it.finish(WELL, 0.1)
     assert (it.well, it.done, it.visit_at) == (True, 1, 5.0)
-    it.start(5.0)
-    it.finish(failed("tcp"), 7.0)
-    assert (it.done, it.waiting_since(REACH_EDGE), it.visit_at) == (1, 5.0, 10.0)
+    for at in (5.0, 6.0):
+        it.start(at)
+        it.finish(failed("tcp"), at + 1.0)
+        assert (it.done, it.waiting_since(REACH_EDGE)) == (1, at)
     it.start(10.0)
     it.finish(WELL, 10.1)  # the other address
-    assert it.waiting_since(REACH_EDGE) == 5.0
+    assert it.waiting_since(REACH_EDGE) == 6.0
     it.start(15.0)
-    it.finish(failed("tls"), 17.0)
+    it.finish(failed("tls"), 16.0)
     assert it.waiting_since(REACH_EDGE) == 15.0
-    it.start(20.0)
-    it.finish(WELL, 20.1)
-    it.start(25.0)
-    it.finish(WELL, 25.1)
-    assert (it.done, it.waiting_since(REACH_EDGE)) == (4, 0.0)
+    it.start(16.0)
+    it.finish(WELL, 16.1)
+    assert (it.done, it.waiting_since(REACH_EDGE)) == (3, 0.0)
 
 
 class FakeDuty:

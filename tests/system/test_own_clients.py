@@ -434,7 +434,7 @@ def test_a_full_edge_is_not_replaced_for_being_full(service: Service) -> None:
     """The canary gets in all the same; who else waits is served when there is a place."""
     service.configure(
         'listen = ["127.0.0.1:0"]\n[edge]\nconnections_max = 2\nlogin_timeout = 60\n'
-        "[watchdog]\ndeaf_timeout = 1\n[canary]\ninterval = 0.2\ntimeout = 1\n"
+        "[watchdog]\ndeaf_timeout = 1\n[canary]\ninterval = 0.2\ntimeout = 2\n"
     )
     service.stop()
     service.start()

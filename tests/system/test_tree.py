@@ -28,7 +28,7 @@ hang_timeout = 0.5
 deaf_timeout = 0.5
 [canary]
 interval = 0.2
-timeout = 1.0
+timeout = 2.0
 """
 
 # How each way is judged: class and why, and the signal or exit code it ends with.
