@@ -524,6 +524,12 @@ def test_sleepers_count_for_the_limit_and_are_told_goodbye(tree: FakeTree) -> No
     assert tree.given == {}
 
 
+def test_a_connection_that_carried_nothing_has_nothing_to_count(tree: FakeTree) -> None:
+    client = Client(tree)
+    client.sock.close()
+    assert tree.core.expect(channel.Closed).conn == client.conn
+
+
 def test_a_connection_that_only_the_dead_edge_knew_is_told_to_the_core(tree: FakeTree) -> None:
     """As if the edge had died right before it said so."""
     client = Client(tree)
