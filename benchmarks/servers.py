@@ -18,6 +18,7 @@ from benchmarks.common import (
     children,
     command_line,
     cpu_seconds,
+    descendants,
     parent,
     wait_until,
 )
@@ -104,8 +105,8 @@ class Ours(Server):
         return time.monotonic() - at
 
     def pids(self) -> list[int]:
-        named = self.named_pids()
-        return [named.pop("watchdog"), *named.values()]
+        watchdog = self.named_pids()["watchdog"]
+        return [watchdog, *descendants(watchdog)]  # with successors that were forked ahead
 
     def cpu_by_process(self) -> dict[str, float]:
         return {name: cpu_seconds(pid) for name, pid in self.named_pids().items()}
