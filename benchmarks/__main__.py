@@ -31,6 +31,7 @@ PROGRAMS = {
     "gaps": (7200, ["gaps"]),
     "gaps-idle": (3600, ["gaps", "--idle", "5000", "--rounds", "20", "--softether", "0"]),
     "reloads": (3600, ["reloads"]),
+    "kills": (3600, ["kills"]),
     "throughput": (7200, ["throughput"]),
     "profile": (1800, ["profile"]),
     "peers": (3600, ["peers"]),

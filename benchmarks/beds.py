@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks import common
 from benchmarks.common import ROOT
 from benchmarks.echo import Asker
-from benchmarks.servers import HUB, Ours, Server, SoftEther
+from benchmarks.servers import HUB, Ours, Server, SoftEther, Wrapped
 from tests.system.bed import Bed, Host, StockClient
 
 SERVER = "10.99.0.1"
@@ -31,17 +31,19 @@ def stock_bed(
 ) -> Iterator[tuple[Bed, Any]]:
     """A server of that kind with two stock clients that have logged in and reach each other.
 
-    The server is `Ours` for "pkvpn", `SoftEther` for "softether" and "softether-tcp" (without its
-    UDP acceleration).  ``extra``: configuration of ours.  ``suffix``: of the server's name in the
-    clients' accounts; with "/tcp" a stock client comes back that otherwise never does.
+    The server is `Ours` for "pkvpn", `Wrapped` for "pkvpn-wrapped", `SoftEther` for "softether" and
+    "softether-tcp" (without its UDP acceleration).  ``extra``: configuration of ours.  ``suffix``:
+    of the server's name in the clients' accounts; with "/tcp" a stock client comes back that
+    otherwise never does.
     """
     place = directory / kind
     place.mkdir()
     bed = Bed(place / "unused", "listen = []\n")
     try:
         server: Server
-        if kind == "pkvpn":
-            server = Ours(place, host=bed.server, listen=(f"{SERVER}:443",), extra=extra)
+        if kind.startswith("pkvpn"):
+            ours = Wrapped if kind == "pkvpn-wrapped" else Ours
+            server = ours(place, host=bed.server, listen=(f"{SERVER}:443",), extra=extra)
         else:
             server = SoftEther(place, host=bed.server, udp_acceleration=kind == "softether")
         server.start()

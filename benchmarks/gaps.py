@@ -1,6 +1,7 @@
 """What two stock clients notice when something happens to the server's processes.
 
-    python -m benchmarks.gaps [--rounds N] [--actions nothing,core,...] [--transfer MBIT] [--quick]
+    python -m benchmarks.gaps [--rounds N] [--actions nothing,kill core,...] [--transfer MBIT]
+                              [--idle N] [--quick]
 
 A datagram every millisecond goes from one stock client to the other and back.  At a random moment
 of each round something is done: a kill -9 of core, edge or both at once, a SIGSTOP, a restart, a
@@ -9,8 +10,9 @@ order, so that a slow minute of the machine hits all of them.  What is killed wa
 the round; the kill itself is one system call.
 
 Beside that, unless --transfer 0, a paced TCP transfer each way, compared by hash.  Not during
-SIGSTOPs: the stock client's own queue is 1,024 frames.  Then the same kill to SoftEther's server,
-with the stock client as it comes and in the form of account that comes back.
+SIGSTOPs and hangs: the stock client's own queue is 1,024 frames.  For hangs the children are
+wrapped (pkvpn/chaos), and go wrong in the next turn of their own loop.  Then the same kill to
+SoftEther's server, with the stock client as it comes and in the form of account that comes back.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ from benchmarks import common
 from benchmarks.beds import SERVER, connections, echoes, established, stock_bed
 from benchmarks.echo import Asker
 from benchmarks.idlers import Idlers
-from benchmarks.servers import Ours
+from benchmarks.servers import Ours, Wrapped
+from pkvpn.chaos import injector
 from pkvpn.watchdog.control import ControlError
 from tests.system.bed import Bed
 
@@ -45,9 +48,15 @@ LOADED = {
     "restart edge-1": 0.2, "reload": 0.2, "upgrade": 0.1,
 }  # fmt: skip
 UNLOADED = {"nothing (no transfer)": 0.2, "stop core": 0.1, "stop edge": 0.1}
+# Ways of `injector.WAYS` to go wrong; noticed at once or after `hang_timeout`, 1 s.
+HANGS = {
+    f"hang {child}: {way}": 0.1
+    for child in ("core", "edge")
+    for way in ("block", "busy", "gil", "mute", "garbage")
+} | {"nothing (wrapped)": 0.1}
 ROUND = 1.5
 # A stopped child is let alone for `hang_timeout`, 1 s, and then continued.
-ROUND_OF_STOPS = 3.0
+LONG_ROUND = 3.0
 TRANSFER_SECONDS = 20.0
 # A figure counts only if so much of what was due was sent.
 MIN_SENT = 0.95
@@ -65,6 +74,11 @@ def prepare(action: str, server: Ours) -> Callable[[], None]:
     core, edge = pids["core"], pids["edge-1"]
     if action.startswith("nothing"):
         return lambda: None
+    if action.startswith("hang"):
+        child, _, way = action.removeprefix("hang ").partition(": ")
+        name = {"edge": "edge-1"}.get(child, child)
+        assert isinstance(server, Wrapped)  # the plan of this bed
+        return functools.partial(injector.order, str(server.orders), name, way)
     if action.startswith(("kill", "stop")):
         number = signal.SIGKILL if action.startswith("kill") else signal.SIGSTOP
         targets = {"core": [core], "edge": [edge], "both": [core, edge]}[action.split()[1]]
@@ -220,7 +234,9 @@ def softether(directory: Path, suffix: str, tries: int) -> dict[str, Any]:
 def main() -> None:
     made = common.parser(__doc__)
     made.add_argument("--rounds", type=int, default=100, help="kills of core and of edge (100)")
-    made.add_argument("--actions", default=",".join((*LOADED, *UNLOADED)), help="what is done")
+    made.add_argument(
+        "--actions", default=",".join((*LOADED, *UNLOADED, *HANGS)), help="what is done"
+    )
     made.add_argument("--transfer", type=float, default=100.0, metavar="MBIT",
                       help="paced TCP each way beside it; 0: none (100)")  # fmt: skip
     made.add_argument("--idle", type=int, default=0, metavar="N",
@@ -230,7 +246,7 @@ def main() -> None:
     if args.quick:
         args.idle, args.rounds = min(args.idle, 100), min(args.rounds, 2)
     actions = args.actions.split(",")
-    if unknown := set(actions) - {*LOADED, *UNLOADED}:
+    if unknown := set(actions) - {*LOADED, *UNLOADED, *HANGS}:
         made.error(f"there is no action {', '.join(sorted(unknown))}")
     common.lab()
     result = common.Result("gaps-idle" if args.idle else "gaps", args)
@@ -240,55 +256,72 @@ def main() -> None:
         "sent of those due, %",
     ]  # fmt: skip
     with common.work_directory() as directory:
-        with stock_bed(directory, "pkvpn") as (bed, server):
-            if not args.idle:
-                run_ours(result, args, actions, bed, server)
-            else:
-                idlers = Idlers(bed.server.beside, SERVER, args.idle, IDLERS)
-                try:
-                    run_ours(result, args, actions, bed, server)
-                    whole, why = idlers.close()
-                    result.note(
-                        f"{whole} of {idlers.sessions} idle sessions of our client were never cut"
-                        + (f"; the others: {'; '.join(why)}." if why else ".")
-                    )
-                finally:
-                    idlers.kill()
+        name = "with transfers" if args.transfer else "without transfers"
+        for kind, phases in (
+            (
+                "pkvpn",
+                ((name, LOADED, args.transfer, ROUND), ("stops", UNLOADED, 0.0, LONG_ROUND)),
+            ),
+            ("pkvpn-wrapped", (("hangs", HANGS, 0.0, LONG_ROUND),)),
+        ):
+            plans = [
+                (name, planned(parts, actions, args.rounds), mbit, seconds)
+                for name, parts, mbit, seconds in phases
+            ]
+            if any(plan for _, plan, _, _ in plans):
+                with stock_bed(directory, kind) as (bed, server), idle(result, args.idle, bed):
+                    for name, plan, mbit, seconds in plans:
+                        if plan:
+                            run_ours(result, name, phase(bed, server, plan, mbit, seconds), mbit)
         if args.softether:
             run_softether(result, args, directory)
     result.save(plot)
 
 
-def run_ours(
-    result: common.Result, args: argparse.Namespace, actions: list[str], bed: Bed, server: Ours
-) -> None:
-    for name, parts, mbit, seconds in (
-        ("with transfers" if args.transfer else "without transfers", LOADED, args.transfer, ROUND),
-        ("stops", UNLOADED, 0.0, ROUND_OF_STOPS),
-    ):
-        plan = {
-            action: max(1, round(part * args.rounds))
-            for action, part in parts.items()
-            if action in actions
-        }
-        if not plan:
-            continue
-        found = phase(bed, server, plan, mbit, seconds)
-        result.raw[name] = found
-        for action in plan:
-            tabulate(result, action, found["rounds"][action])
-        sessions = f"{found['established_before']} before, {found['established_after']} after"
-        result.note(f"{name}: established sessions of the two clients: {sessions}.")
-        if mbit:
-            right = sum(one["ok"] for one in found["transfers"])
-            result.note(
-                f"{name}: {right} of {len(found['transfers'])} transfers of "
-                f"{mbit:g} Mbit/s came over whole (SHA-256), both directions at once."
-            )
-        result.note(f"{name}: restarts of the children so far: {found['restarts']}.")
+def planned(parts: dict[str, float], actions: list[str], rounds: int) -> dict[str, int]:
+    """How many rounds of each action."""
+    return {
+        action: max(1, round(part * rounds)) for action, part in parts.items() if action in actions
+    }
 
 
-def tabulate(result: common.Result, action: str, rounds: list[dict[str, Any]]) -> None:
+@contextmanager
+def idle(result: common.Result, sessions: int, bed: Bed) -> Iterator[None]:
+    """So many sessions that do nothing, and what became of them."""
+    if not sessions:
+        yield
+        return
+    idlers = Idlers(bed.server.beside, SERVER, sessions, IDLERS)
+    try:
+        yield
+        whole, why = idlers.close()
+        result.note(
+            f"{whole} of {idlers.sessions} idle sessions of our client were never cut"
+            + (f"; the others: {'; '.join(why)}." if why else ".")
+        )
+    finally:
+        idlers.kill()
+
+
+def run_ours(result: common.Result, name: str, found: dict[str, Any], mbit: float) -> None:
+    """Tell what a phase has found."""
+    result.raw[name] = found
+    found["counts"] = {
+        action: tabulate(result, action, rounds) for action, rounds in found["rounds"].items()
+    }
+    sessions = f"{found['established_before']} before, {found['established_after']} after"
+    result.note(f"{name}: established sessions of the two clients: {sessions}.")
+    if mbit:
+        right = sum(one["ok"] for one in found["transfers"])
+        result.note(
+            f"{name}: {right} of {len(found['transfers'])} transfers of "
+            f"{mbit:g} Mbit/s came over whole (SHA-256), both directions at once."
+        )
+    result.note(f"{name}: restarts of the children so far: {found['restarts']}.")
+
+
+def tabulate(result: common.Result, action: str, rounds: list[dict[str, Any]]) -> bool:
+    """A row of the table; whether its figures count, since enough was sent."""
     silences = [one["silence_ms"] for one in rounds]
     sent, due = sum(one["sent"] for one in rounds), sum(one["due"] for one in rounds)
     result.row(
@@ -301,6 +334,7 @@ def tabulate(result: common.Result, action: str, rounds: list[dict[str, Any]]) -
         result.note(f"{action}: does not count, the machine was too busy to send.")
     if failed := [one["failed"] for one in rounds if one.get("failed")]:
         result.note(f"{action}: failed {len(failed)} times, the first time with {failed[0]}")
+    return bool(sent >= MIN_SENT * due)
 
 
 def run_softether(result: common.Result, args: argparse.Namespace, directory: Path) -> None:

@@ -12,6 +12,7 @@ import subprocess
 import time
 from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import Any
 
 from benchmarks.common import (
     all_pids,
@@ -22,7 +23,7 @@ from benchmarks.common import (
     parent,
     wait_until,
 )
-from tests.system.bed import Host, Service
+from tests.system.bed import ChaoticService, Host, Service
 
 HUB = "T"
 STOCK_SERVER = "/usr/libexec/softether/vpnserver/vpnserver"
@@ -84,20 +85,24 @@ class Ours(Server):
         host: Host | None = None,
         listen: tuple[str, ...] = ("127.0.0.1:443",),
         extra: str = "",
+        service: type[Service] = Service,
     ) -> None:
         """``extra``: more sections of the configuration, TOML."""
         self.name = "pkvpn"
         addresses = ", ".join(f'"{address}"' for address in listen)
         config = f"listen = [{addresses}]\n\n{extra}"
-        self.service = Service(directory / "pkvpn", config, host)
+        self.service = service(directory / "pkvpn", config, host)
 
     def start(self, users: int = 2) -> float:
         at = time.monotonic()
-        self.service.cli("start")
+        self._start()
         took = time.monotonic() - at
         if HUB not in {hub["name"] for hub in self.service.ask("hub.list")}:
             self.service.add_hub(HUB, **{f"u{i}": f"pw{i}" for i in range(1, users + 1)})
         return took
+
+    def _start(self) -> None:
+        self.service.cli("start")
 
     def stop(self) -> float:
         at = time.monotonic()
@@ -124,6 +129,26 @@ class Ours(Server):
     def settled(self) -> bool:
         """Are all children up?"""
         return all(one["state"] == "up" for one in self.service.children().values())
+
+
+class Wrapped(Ours):
+    """The same in the foreground, with children that go wrong on request."""
+
+    def __init__(self, directory: Path, **more: Any) -> None:
+        super().__init__(directory, **more, service=ChaoticService)
+
+    @property
+    def orders(self) -> Path:
+        assert isinstance(self.service, ChaoticService)
+        return self.service.orders
+
+    def _start(self) -> None:
+        self.service.start()
+
+    def stop(self) -> float:
+        at = time.monotonic()
+        self.service.stop()
+        return time.monotonic() - at
 
 
 class SoftEther(Server):
