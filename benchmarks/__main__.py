@@ -34,6 +34,7 @@ PROGRAMS = {
     "kills": (3600, ["kills"]),
     "throughput": (7200, ["throughput"]),
     "profile": (1800, ["profile"]),
+    "abuse": (5400, ["abuse"]),
     "peers": (3600, ["peers"]),
 }
 _BLOCK = re.compile(
