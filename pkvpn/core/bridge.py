@@ -8,6 +8,7 @@ Nothing heavy is imported: the watchdog pays for it.
 import errno
 import fcntl
 import os
+import socket
 import struct
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import sys
 _TUNSETIFF = 0x400454CA
 _IFF_TAP = 0x0002
 _IFF_NO_PI = 0x1000  # frames without the four bytes of packet information
+_SIOCGIFFLAGS = 0x8913
+_IFF_UP = 0x0001
 _DEVICE = "/dev/net/tun"
 # struct ifreq: the name, the flags, the rest of the union.
 _IFREQ = struct.Struct("16sH22x")
@@ -88,10 +91,12 @@ def _is_up(name: str, words: tuple[str, ...]) -> bool:
     if words[-1] != "up":
         return False
     try:
-        with open(f"/sys/class/net/{name}/flags", encoding="ascii") as file:
-            return bool(int(file.read(), 16) & 1)
-    except (OSError, ValueError):
+        # Not by /sys, which shows the network of whoever mounted it.
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            found = fcntl.ioctl(sock, _SIOCGIFFLAGS, _IFREQ.pack(name.encode(), 0))
+    except OSError:
         return False
+    return bool(_IFREQ.unpack(found)[1] & _IFF_UP)
 
 
 def _cause(error: OSError) -> str:
