@@ -27,7 +27,7 @@ from dataclasses import replace
 from typing import Any
 
 from pkvpn.watchdog import control, instance, machine, procfs, report, sweep, upgrade
-from pkvpn.watchdog.child import ALL_SIGNALS, Birth
+from pkvpn.watchdog.child import ALL_SIGNALS, Birth, next_moment
 from pkvpn.watchdog.held import HeldDescriptors
 from pkvpn.watchdog.home import Home
 from pkvpn.watchdog.incarnation import ChildEnds, Incarnation
@@ -244,7 +244,7 @@ class Supervisor:
         self._exec(plan, self._previous if self._previous >= 0 else self._archive, old=True)
 
     def _loop(self) -> None:
-        asleep_at, timeout = time.monotonic(), 0.0
+        asleep_at, timeout, due = time.monotonic(), 0.0, 0.0
         while not self._tree.over:
             events = self._selector.select(timeout)
             now = time.monotonic()
@@ -259,8 +259,11 @@ class Supervisor:
                 self._was_away(asleep_at - now, asleep_at)
                 timeout = 0.0
                 continue
-            self._expire(asleep_at)
-            timeout = self._until_next_deadline(asleep_at)
+            if asleep_at >= due or any(_priority(key) != _LIFELINES for key, _ in events):
+                # Beats alone only move deadlines away: nothing to look after.
+                self._expire(asleep_at)
+            due = self._next_deadline(asleep_at)
+            timeout = max(0.0, due - asleep_at)
 
     def _handle(self, key: selectors.SelectorKey, mask: int, now: float) -> None:
         if not isinstance(key.data, tuple):
@@ -339,17 +342,23 @@ class Supervisor:
             slot.standby_at = math.inf
             self._fork_standby(slot, now)
 
-    def _until_next_deadline(self, now: float) -> float:
-        # Never longer than a second, so that time we were away for is seen as such.
-        nearest = min(now + 1.0, self._trial_deadline, self._home_at)
+    def _next_deadline(self, now: float) -> float:
+        # Never later than the next second, so that time we were away for is seen as such.
+        nearest = min(next_moment(now, 1.0), self._trial_deadline, self._home_at)
         for slot in self._slots.values():
-            deadlines = [slot.machine.next_deadline(), slot.standby_at]
-            if slot.alive is not None:
-                deadlines.append(slot.alive.mute_at)
-            if slot.alive is not None and slot.machine.state is State.UP:
-                deadlines.append(slot.alive.judge.next_deadline())
-            nearest = min([nearest, *(one for one in deadlines if one is not None)])
-        return max(0.0, nearest - now)
+            own = slot.machine.next_deadline()
+            if own is not None and own < nearest:
+                nearest = own
+            nearest = min(nearest, slot.standby_at)
+            alive = slot.alive
+            if alive is None:
+                continue
+            nearest = min(nearest, alive.mute_at)
+            if slot.machine.state is State.UP:
+                verdict = alive.judge.next_deadline()
+                if verdict is not None and verdict < nearest:
+                    nearest = verdict
+        return nearest
 
     def _advance(self, now: float) -> None:
         while told := self._tree.advance() or self._rollover.advance():
@@ -533,7 +542,8 @@ class Supervisor:
         if newest is not None:
             # Where they lie they are safe already; by themselves they would wake us twice for
             # every connection of a client.
-            incarnation.drain_gifts(slot.kept)
+            if slot.kept.limit:
+                incarnation.drain_gifts(slot.kept)
             own = newest._replace(duties=incarnation.witness.own_duties(newest.duties))
             self._obey_judge(slot, incarnation.judge.beat(own, now), now)
             for name in incarnation.witness.suspects(newest.duties):
