@@ -1107,11 +1107,11 @@ class Edge:
         if connection.closing:
             self._discard(peer)
             return
-        if not connection.wants_bytes:
-            self._watch(peer, peer.interest & ~select.EPOLLIN)
-            return
         rx = connection.rx
         piece = rx.free()
+        if connection.request or not piece:
+            self._watch(peer, peer.interest & ~select.EPOLLIN)
+            return
         if connection.mode is Mode.HTTP:
             # What is too much for a login has no need of memory; one byte more ends it.
             piece = piece[: max(1, self.settings.login_bytes + 1 - rx.end)]
@@ -1237,7 +1237,7 @@ class Edge:
         interest = 0
         if connection.closing:
             interest = 0 if peer.eof else select.EPOLLIN
-        elif connection.wants_bytes or peer.interest & select.EPOLLIN:
+        elif peer.interest & select.EPOLLIN or connection.wants_bytes:
             # Bytes that are not wanted now are seldom sent: `_read` looks away when they are.
             interest = select.EPOLLIN
         if connection.tx.start < connection.tx.end:

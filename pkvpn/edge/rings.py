@@ -50,7 +50,8 @@ class Ring:
         To be followed by `put`.
         """
         at = (self.end - self.base) % self.size
-        return self.memory[at : at + min(self.size - at, self.room())]
+        # To the end of the memory, or to the first byte that is in use.
+        return self.memory[at : at + self.size - max(at, self.end - self.start)]
 
     def put(self, size: int) -> None:
         """So many bytes lie now in what `free` returned."""
