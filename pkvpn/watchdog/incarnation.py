@@ -63,6 +63,7 @@ class Incarnation:
         self.said = ""
         self.orders = 0
         self.condemned = ""
+        self.diagnosis = ""  # why, in words
         self.quiet_until = now  # when it beat again after a silence, or was born
         self.mute_at = math.inf  # when the end of its lifeline is held against it
         self.dumped_at = -math.inf

@@ -603,6 +603,7 @@ class Supervisor:
                 self._entry("verdict", child=slot.name, verdict=verdict, text=command.text)
             elif isinstance(command, Condemn):
                 incarnation.condemned = command.verdict.value
+                incarnation.diagnosis = command.text
                 self._entry(
                     "condemned", child=slot.name, verdict=command.verdict.value, text=command.text
                 )
@@ -645,11 +646,13 @@ class Supervisor:
                     )  # fmt: skip
                 continue
             slot.alive.condemned = Verdict.DEAF.value
+            slot.alive.diagnosis = (
+                f"{witness.name} gets no answer ({accusation.duty}) "
+                f"since {now - accusation.since:.2f} s"
+            )
             self._entry(
-                "condemned", child=name, verdict=Verdict.DEAF.value,
-                text=f"{witness.name} gets no answer ({accusation.duty}) "
-                f"since {now - accusation.since:.2f} s",
-            )  # fmt: skip
+                "condemned", child=name, verdict=Verdict.DEAF.value, text=slot.alive.diagnosis
+            )
             self._tell_machine(slot, machine.Condemned(Verdict.DEAF.value), now)
 
     # -- deaths
@@ -939,6 +942,7 @@ class Supervisor:
             uptime=round(now - incarnation.started_at, 3),
             restarts=incarnation.number - 1,
             said=incarnation.said or None,
+            diagnosis=incarnation.diagnosis or None,
         )
 
     # -- the control socket

@@ -68,6 +68,7 @@ def test_a_hang_is_judged_reported_with_its_line_and_replaced(
     assert (status["why"], status["restarts"]) == ("hang", 1)
     assert (report["class"], report["why"], report["signal"]) == (verdict, "hang", 9)
     assert stood_in(report) == how
+    assert report["diagnosis"].startswith("no beat for ")
     assert report["beats"]
     assert report["proc"]["stat"]
 
