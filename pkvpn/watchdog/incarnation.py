@@ -14,6 +14,7 @@ import os
 import resource
 import signal
 import socket
+import traceback
 from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -118,7 +119,11 @@ class Incarnation:
         process = _fork.Process(target=run, args=(birth,), name=birth.name, daemon=False)
         signal.pthread_sigmask(signal.SIG_BLOCK, ALL_SIGNALS)
         try:
-            process.start()
+            try:
+                process.start()
+            except OSError as error:
+                _close_pipes(error)
+                raise
             self.pid = process.pid or 0
             try:
                 self.pidfd = os.pidfd_open(self.pid)
@@ -291,6 +296,19 @@ class Incarnation:
             with contextlib.suppress(OSError):
                 os.close(fd)
         self.up = self.down = self.wake = self.stacks = self.pidfd = self.gifts = -1
+
+
+def _close_pipes(error: OSError) -> None:
+    """Close the two pipes that multiprocess leaves open where its fork fails.
+
+    Nobody but the frame that failed knows them; and each try of a machine without room for a
+    process would cost four descriptors more.
+    """
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_name == "_launch":
+            for name in ("parent_r", "parent_w", "child_r", "child_w"):
+                if name in frame.f_locals:
+                    os.close(frame.f_locals[name])
 
 
 def _pipe(theirs: list[int], *, keep: int) -> tuple[int, int]:

@@ -344,13 +344,16 @@ def test_no_processes_left_is_a_spawn_that_failed_and_is_tried_again(tmp_path: P
         pytest.skip(f"no cgroup for pids: {error}")
     try:
         with running(tmp_path, spec_in(tmp_path, child("bad"))) as tree:
+            used = len(descriptors_of(tree.pid))
             (group / "cgroup.procs").write_text(str(tree.pid))
             (group / "pids.max").write_text("1")
             tree.signal(signal.SIGKILL, "bad")
-            eventually(lambda: tree.journal("spawn-failed"))
+            eventually(lambda: len(tree.journal("spawn-failed")) > 1)
             assert tree.child("bad")["why"] == "spawn-failed"
             (group / "pids.max").write_text("max")
             tree.up("bad", after=0)
+            # No try has left anything open.
+            eventually(lambda: len(descriptors_of(tree.pid)) <= used)
             tree.ask("stop")
             assert tree.wait_end() == 0
     finally:
