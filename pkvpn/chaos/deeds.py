@@ -32,6 +32,7 @@ from pkvpn.chaos.own_tree import OwnTree, TreeError, wait_until
 from pkvpn.chaos.traffic import HUB, PASSWORD, USERS
 from pkvpn.client.session import LoginRefused, VpnClient, client_context
 from pkvpn.protocol.errors import ProtocolError
+from pkvpn.watchdog import procfs
 from pkvpn.watchdog.control import ControlError
 from pkvpn.watchdog.instance import PID_NAME
 from pkvpn.watchdog.journal import JOURNAL_NAME
@@ -130,8 +131,43 @@ def _ordered(lab: Lab, name: str, way: str) -> Iterator[None]:
 @contextmanager
 def _ordered_at_birth(lab: Lab, name: str, way: str, times: int) -> Iterator[None]:
     injector.order(_orders(lab), name + injector.BIRTH, way, times)
-    with _killed(lab, name):
+    with _killed_with_standby(lab, name):
         yield
+
+
+@contextmanager
+def _killed_with_standby(lab: Lab, name: str) -> Iterator[None]:
+    """Both in one moment, so that a successor must be born."""
+    pid, standby = _pids(lab)[name], _standby(lab, name)
+    lab.strike()
+    _send(standby, signal.SIGKILL)
+    _send(pid, signal.SIGKILL)
+    yield
+
+
+@contextmanager
+def _standby_hurt(lab: Lab, name: str, what: str, killed: bool) -> Iterator[None]:
+    """Send a signal to who stands by for a child; ``killed``: and then its turn comes."""
+    pid, standby = _pids(lab)[name], _standby(lab, name)
+    lab.strike()
+    _send(standby, signal.Signals[what])
+    if killed:
+        _send(pid, signal.SIGKILL)
+    yield
+
+
+def _standby(lab: Lab, name: str) -> int:
+    """Who stands by for a child; there is one some time after the child has come up."""
+    watchdog = _pids(lab)["watchdog"]
+
+    def there() -> int:
+        for pid in procfs.children_of(watchdog):
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0 ")
+            if words.endswith(f": {name} standby".encode()):
+                return pid
+        return 0
+
+    return wait_until(there, _AGAIN_TIMEOUT, f"somebody who stands by for {name}")
 
 
 @contextmanager
@@ -794,6 +830,8 @@ DEEDS: dict[str, Deed] = {
     "killed": _killed,
     "killed_again": _killed_again,
     "killed_in_fork": _killed_in_fork,
+    "killed_with_standby": _killed_with_standby,
+    "standby_hurt": _standby_hurt,
     "killed_in_writes": _killed_in_writes,
     "left_behind": _left_behind,
     "limited": _limited,

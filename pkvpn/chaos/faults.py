@@ -89,6 +89,19 @@ _DEATHS = (
           "killed_again", ("edge-1", 2), ("edge-1 dead",)),
     Fault("kill-core-while-learning", "death", "kill -9 of the core, and of two successors at once",
           "killed_again", ("core", 2), ("core dead",)),
+    *(
+        fault
+        for name, child in (("core", "core"), ("edge", "edge-1"))
+        for fault in (
+            Fault(f"kill-standby-{name}", "death", f"kill -9 of who stands by for {child}",
+                  "standby_hurt", (child, "SIGKILL", False)),
+            Fault(f"kill-{name}-and-standby", "death", f"kill -9 of {child} and who stands by",
+                  "killed_with_standby", (child,), (f"{child} dead",)),
+            Fault(f"kill-{name}-with-stopped-standby", "death",
+                  f"kill -9 of {child}, and who stands by is stopped", "standby_hurt",
+                  (child, "SIGSTOP", True), (f"{child} dead",), (f"{child} stopped",)),
+        )
+    ),
     *_ordered("segv", DEAD, "reads address 0"),
     *_ordered("abort", DEAD, "aborts"),
     *_ordered("exit", DEAD, "ends with 0 although nobody asked"),
@@ -197,10 +210,10 @@ _WATCHDOG = (
 _RESOURCES = (
     Fault("no-files-edge", "resources", "the edge may open no more files", "limited",
           ("edge-1", "NOFILE", 1, "", True), ("edge-1 deaf",)),
-    Fault("no-files-watchdog", "resources", "no files for a new core", "limited",
-          ("watchdog", "NOFILE", 3, "core"), ("spawn-failed",), ("core dead",), hold=0.5),
-    Fault("no-processes", "resources", "no process for a new core", "no_processes", ("core",),
-          ("spawn-failed",), ("core dead",), hold=0.5, needs=("pids",)),
+    Fault("no-files-watchdog", "resources", "no files for a new canary", "limited",
+          ("watchdog", "NOFILE", 3, "canary"), ("spawn-failed",), ("canary dead",), hold=0.5),
+    Fault("no-processes", "resources", "no process for a new canary", "no_processes",
+          ("canary",), ("spawn-failed",), ("canary dead",), hold=0.5, needs=("pids",)),
     Fault("no-memory-core", "resources", "the core may have no more memory, and wants it",
           "limited_and_ordered", ("core", "AS", "grow"), ("core dead",)),
     Fault("out-of-memory-core", "resources", "the kernel kills the core for its memory",
