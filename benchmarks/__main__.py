@@ -24,6 +24,7 @@ PAGES = (README, ROOT / "README.md")
 PROGRAMS = {
     "idle": (1800, ["idle"]),
     "respawn": (3600, ["respawn"]),
+    "given": (600, ["given"]),
     "hangs": (3600, ["hangs"]),
     "false-kills": (1800, ["false_kills"]),
     "endurance": (3600, ["endurance"]),

@@ -1,32 +1,35 @@
 """What ten thousand given descriptors cost: a respawn, and the beats of everybody.
 
-    python -m benchmarks.given [--rounds N] [--descriptors N]
+    python -m benchmarks.given [--rounds N] [--descriptors N] [--quick]
 
 A child gives so many descriptors to its watchdog and is killed again and again; another child,
-which has given nothing, as well.  Beside the times from the signal to `ready`: how late the beats
-of the other child are read meanwhile.
+which has given nothing, as well.  Once their successors are forked when they are needed, once they
+stand by.  Beside the times from the signal to `ready`: how late the beats of the other child are
+read meanwhile.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
-import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from typing import Any
 
-from pkvpn.watchdog import Child, ChildSpec, RestartPolicy, TreeSpec, ask, run_tree
+from benchmarks import common
+from pkvpn.watchdog import Child, ChildSpec, RestartPolicy, TreeSpec, ask, procfs, run_tree
 from pkvpn.watchdog.journal import read_entries
+
+INTERVAL = 0.05
 
 
 def hoarder(child: Child, descriptors: int) -> None:
     """Gives what is missing, then beats."""
+    child.stand_by()
     number = len(child.given())
     fd = os.open(os.devnull, os.O_RDONLY)
     child.ready()
@@ -40,25 +43,26 @@ def hoarder(child: Child, descriptors: int) -> None:
 
 
 def good(child: Child) -> None:
+    child.stand_by()
     child.ready()
     while not child.stopping:
         child.wait()
 
 
 @contextmanager
-def tree(descriptors: int) -> Iterator[str]:
+def tree(descriptors: int, standby: bool) -> Iterator[str]:
     """A tree in a directory of its own; its control socket."""
     with tempfile.TemporaryDirectory() as directory:
-        policy = RestartPolicy(healthy_after=0.0)
+        more: dict[str, Any] = {"policy": RestartPolicy(healthy_after=0.0), "standby": standby}
         spec = TreeSpec(
             "given",
             (
-                ChildSpec("hoarder", hoarder, descriptors, policy=policy, keep_limit=descriptors),
-                ChildSpec("good", good, policy=policy),
+                ChildSpec("hoarder", hoarder, descriptors, keep_limit=descriptors, **more),
+                ChildSpec("good", good, **more),
             ),
             f"{directory}/run",
             f"{directory}/state",
-            beat_interval=0.05,
+            beat_interval=INTERVAL,
         )
         ready, told = os.pipe()
         pid = os.fork()
@@ -100,44 +104,65 @@ def respawn(directory: str, name: str) -> float:
                 return float(entry["mono"]) - killed_at
 
 
-def _children(directory: str) -> list[dict[str, object]]:
-    children: list[dict[str, object]] = ask(f"{directory}/run/control.sock", "status")["children"]
+def _children(directory: str) -> list[dict[str, Any]]:
+    children: list[dict[str, Any]] = ask(f"{directory}/run/control.sock", "status")["children"]
     return children
 
 
-def measure(descriptors: int, rounds: int) -> dict[str, float]:
-    """Medians in ms."""
-    with tree(descriptors) as directory:
-        while next(iter(c["kept"] for c in _children(directory) if c["name"] == "hoarder")) != (
-            descriptors
-        ):
-            time.sleep(0.05)
+def _settled(directory: str, descriptors: int, standby: bool) -> bool:
+    """Everything is given, and who is to stand by does."""
+    hoarder, good = (c for c in _children(directory) if c["name"] in ("hoarder", "good"))
+    waits = all(
+        one["standby"] and procfs.state_of(one["standby"]) == "S" for one in (hoarder, good)
+    )
+    return bool(hoarder["kept"] == descriptors and (waits or not standby))
+
+
+def measure(descriptors: int, rounds: int, *, standby: bool) -> dict[str, list[float]]:
+    """Times in ms, by what was done."""
+    with tree(descriptors, standby) as directory:
         times: dict[str, list[float]] = {"hoarder": [], "good": [], "late": []}
         for _ in range(rounds):
             for name in ("hoarder", "good"):
-                times[name].append(respawn(directory, name))
+                common.wait_until(
+                    lambda: _settled(directory, descriptors, standby),
+                    60.0,
+                    "a tree that is settled",
+                )
+                times[name].append(1000 * respawn(directory, name))
             for child in _children(directory):
-                times["late"].append(max(0.0, float(str(child["last_beat_age"])) - 0.05))
-        return {name: statistics.median(values) * 1000 for name, values in times.items()}
+                late = max(0.0, float(child["last_beat_age"]) - INTERVAL)
+                times["late"].append(1000 * late)
+        return times
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--descriptors", type=int, default=10_000)
-    options = parser.parse_args()
-    print(
-        f"{'given':>8} {'its respawn':>12} {'another one':>12} {'beats late by':>14}   median, ms"
-    )
-    for descriptors in (0, options.descriptors):
-        found = measure(descriptors, options.rounds)
-        print(
-            f"{descriptors:>8} {found['hoarder']:>12.1f} {found['good']:>12.1f} "
-            f"{found['late']:>14.1f}"
+    made = common.parser(__doc__)
+    made.add_argument("--rounds", type=int, default=20, help="kills of each child (20)")
+    made.add_argument("--descriptors", type=int, default=10_000, help="how many (10,000)")
+    args = common.parse(made, {"rounds": 2, "descriptors": 1000})
+    result = common.Result("given", args)
+    result.columns = [
+        "successor", "given", "kills", "respawn, median ms", "of one that gave nothing",
+        "beats late by, median ms", "max",
+    ]  # fmt: skip
+    for standby in (False, True):
+        medians = []
+        for descriptors in (0, args.descriptors):
+            found = measure(descriptors, args.rounds, standby=standby)
+            way = "stands by" if standby else "is forked"
+            result.raw[f"{way}, {descriptors} given"] = found
+            medians.append(common.median(found["hoarder"]))
+            result.row(
+                way, descriptors, args.rounds, medians[-1], common.median(found["good"]),
+                common.median(found["late"]), max(found["late"]),
+            )  # fmt: skip
+        result.note(
+            f"A successor that {way}: {args.descriptors} descriptors lengthen the respawn by "
+            f"{medians[1] - medians[0]:.1f} ms."
         )
+    result.save()
 
 
 if __name__ == "__main__":
-    if not Path("/proc/self/fd").exists():
-        sys.exit("this reads /proc")
     main()
