@@ -214,12 +214,17 @@ class Incarnation:
         try:
             found = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         except ChildProcessError:
-            found = None  # somebody else took it; that it has ended is certain
-        if found is None:
+            # multiprocess takes whoever has ended when it makes another process, and knows how.
+            code = self.process.exitcode if self.process is not None else None
+        else:
+            if found is None:
+                return machine.Gone(None, None)
+            code = found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
+        if code is None:
             return machine.Gone(None, None)
-        if found.si_code == os.CLD_EXITED:
-            return machine.Gone(found.si_status, None)
-        return machine.Gone(None, found.si_status, wild=found.si_status in WILD_SIGNALS)
+        if code >= 0:
+            return machine.Gone(code, None)
+        return machine.Gone(None, -code, wild=-code in WILD_SIGNALS)
 
     def reap(self) -> dict[str, float]:
         """Let the kernel forget it, once; returns what it used.

@@ -160,6 +160,19 @@ def test_a_wild_crash_tells_where_and_the_next_one_has_a_new_image(
     assert how in report["stacks"]
 
 
+def test_of_two_that_die_at_once_it_is_known_how_each_did(tmp_path: Path) -> None:
+    """The successor of the one is forked before the other is looked at."""
+    with running(tmp_path, spec_in(tmp_path, child("one"), child("two"))) as tree:
+        one, two = tree.pid_of("one"), tree.pid_of("two")
+        tree.signal(signal.SIGSTOP)
+        for pid, number in ((one, signal.SIGKILL), (two, signal.SIGSEGV)):
+            os.kill(pid, number)
+            eventually(lambda: process_gone(pid))  # noqa: B023
+        tree.signal(signal.SIGCONT)
+        assert tree.report("one")["signal"] == signal.SIGKILL
+        assert tree.report("two")["signal"] == signal.SIGSEGV
+
+
 def test_a_new_image_has_another_layout_than_the_watchdogs(tmp_path: Path) -> None:
     with running(tmp_path, spec_in(tmp_path, child("bad", "segfaults", tmp_path))) as tree:
         before = _stack_of(tree.pid_of("bad"))
