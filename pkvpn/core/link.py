@@ -10,6 +10,7 @@ import select
 import selectors
 import socket
 from collections import deque
+from collections.abc import Iterator
 
 from pkvpn import channel
 from pkvpn.channel import FromCore, Hello, Totals
@@ -85,11 +86,11 @@ class Link:
             self.lost = True
             self.replayed = False
 
-    def read_control(self) -> list[bytes]:
-        """What has come, at most so much as one turn may take."""
+    def read_control(self) -> Iterator[bytes]:
+        """What has come, at most so much as one turn may take; what is not taken stays there."""
         return _read(self.control)
 
-    def read_frames(self) -> list[bytes]:
+    def read_frames(self) -> Iterator[bytes]:
         """The same of the other socket."""
         return _read(self.frames)
 
@@ -120,19 +121,17 @@ class Link:
         )
 
 
-def _read(sock: socket.socket) -> list[bytes]:
-    messages: list[bytes] = []
-    try:
-        for _ in range(_READ_AT_ONCE):
+def _read(sock: socket.socket) -> Iterator[bytes]:
+    for _ in range(_READ_AT_ONCE):
+        try:
             # One more than there may be: what is longer is no message, and not its beginning.
             data = sock.recv(channel.MAX_MESSAGE + 1)
-            if not data and _is_closed(sock):
-                # The watchdog holds both ends open, so this is its end.
-                raise SystemExit("the channel to an edge was closed")
-            messages.append(data)
-    except BlockingIOError:
-        pass
-    return messages
+        except BlockingIOError:
+            return
+        if not data and _is_closed(sock):
+            # The watchdog holds both ends open, so this is its end.
+            raise SystemExit("the channel to an edge was closed")
+        yield data
 
 
 def _is_closed(sock: socket.socket) -> bool:

@@ -69,6 +69,8 @@ _MARK_KEY = b"core mark"
 
 # Frames of connections that were not replayed yet.
 _MAX_EARLY_FRAMES = 4 << 20
+# Of one edge; a login is a millisecond or two.
+_REQUESTS_PER_TURN = 8
 # Requests that wait until this core knows what there is.
 _MAX_EARLY_REQUESTS = 4096
 # How long after a replay an edge may still name flows that an earlier core has taught it.
@@ -258,8 +260,11 @@ class Core:
 
     def _control_of(self, link: Link) -> Any:
         def read(now: float) -> None:
+            last = self._logged_in.done + _REQUESTS_PER_TURN
             for data in link.read_control():
                 self._hear(link, data, now)
+                if self._logged_in.done >= last:
+                    return  # the others wait in the socket: frames are not to wait for logins
 
         return read
 

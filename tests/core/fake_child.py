@@ -117,6 +117,7 @@ class Tree:
             pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in ("c", "f")]
             self.edges.append(Edge(index, *(pair[0] for pair in pairs)))
             for pair in pairs:
+                pair[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
                 pair[1].setblocking(False)
                 self.held["channel:core"].append(pair[1].detach())
         self.pid = 0
@@ -166,6 +167,9 @@ class Tree:
                 assert said == "ready", said
         finally:
             os.close(read_fd)
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
 
     def end_core(self, number: int = signal.SIGKILL) -> int:
         """Signal the core and wait for it; its exit code, negative for a signal."""

@@ -103,7 +103,7 @@ def test_a_message_of_no_bytes_is_not_the_end(ends: Ends) -> None:
     ):
         for message in (b"one", b"", b"two"):
             sock.send(message)
-        assert read() == [b"one", b"", b"two"]
+        assert list(read()) == [b"one", b"", b"two"]
         sock.close()
         with pytest.raises(SystemExit, match="closed"):
-            read()
+            list(read())

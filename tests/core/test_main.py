@@ -118,6 +118,22 @@ def test_what_is_no_request_closes_the_connection(edge: Edge) -> None:
     assert state.close != ""
 
 
+def test_frames_of_those_who_are_there_do_not_wait_for_a_storm_of_logins(
+    tree: Tree, edge: Edge
+) -> None:
+    one, two = two_clients(edge)
+    waiting = [edge.open(counter) for counter in range(10, 60)]
+    eventually(lambda: tree.ask("status")["connections"] == 2 + len(waiting))
+    tree.send_signal(signal.SIGSTOP)
+    edge.say(*(Request(conn, 1, SIGNATURE) for conn in waiting), Closed(one.conn, "it left"))
+    edge.send(two.conn, frame(EVERYBODY, B))
+    tree.send_signal(signal.SIGCONT)
+    # It arrives because the end of its receiver is behind the storm.
+    assert edge.receive() == ((one.conn,), [frame(EVERYBODY, B)])
+    for _ in waiting:
+        assert edge.hear(State).reply
+
+
 def test_what_is_no_message_costs_the_edge_nothing_but_itself(tree: Tree, edge: Edge) -> None:
     for sock in (edge.control, edge.frames):
         for garbage in (b"", b"\xff", b"\x02" + bytes(65535), bytes(65600)):
