@@ -11,8 +11,9 @@ serves.  The same prober without a kill gives the healthy time, which is inside 
 Each is done again without the other program: the connections that it opens and leaves keep every
 server busy, SoftEther so much that a healthy answer takes it seconds.
 
-Beside pkvpn's edge and core: SoftEther's execsvc, and two floors in 80 lines without any
-watching: a preloaded fork and a warm standby.  All answer over TLS on 127.0.0.1.
+Beside pkvpn's edge and core: the same without successors that stand by, SoftEther's execsvc, and
+two floors in 80 lines without any watching: a preloaded fork and a warm standby.  All answer over
+TLS on 127.0.0.1.
 """
 
 from __future__ import annotations
@@ -180,13 +181,13 @@ class Target:
 
 
 @contextmanager
-def ours(directory: Path, rounds: int) -> Iterator[list[Target]]:
-    server = Ours(directory)
+def ours(directory: Path, rounds: int, *, standby: bool = True) -> Iterator[list[Target]]:
+    server = Ours(directory, extra="" if standby else "[watchdog]\nstandby = false\n")
     server.start()
     try:
         yield [
             Target(
-                f"pkvpn: {name}", 443,
+                f"pkvpn: {name}" + ("" if standby else ", no standby"), 443,
                 functools.partial(lambda child: server.named_pids()[child], name),
                 server.settled, rounds,
             )
@@ -310,6 +311,7 @@ def main() -> None:
     with common.work_directory() as directory:
         for group in (
             ours(directory, args.rounds),
+            ours(directory, max(2, args.rounds // 4), standby=False),
             softether(directory, args.rounds),
             floor(directory, "fork", args.rounds),
             floor(directory, "standby", args.rounds),
