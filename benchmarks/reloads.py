@@ -22,6 +22,7 @@ import functools
 import operator
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -295,6 +296,8 @@ def main() -> None:
     made.add_argument("--rounds", type=int, default=20, help="of each thing that is done (20)")
     made.add_argument("--softether", type=int, default=3, help="kills of SoftEther's core (3)")
     args = common.parse(made, {"rounds": 2, "softether": 1})
+    if missing := [name for name in ("haproxy", "nginx") if shutil.which(name) is None]:
+        sys.exit(f"not installed: {', '.join(missing)} (Debian: haproxy nginx libnginx-mod-stream)")
     common.lab()
     result = common.Result("reloads", args)
     result.columns = [

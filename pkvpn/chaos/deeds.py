@@ -156,6 +156,20 @@ def _standby_hurt(lab: Lab, name: str, what: str, killed: bool) -> Iterator[None
     yield
 
 
+@contextmanager
+def _standby_hangs(lab: Lab, name: str) -> Iterator[None]:
+    """The next one that is to stand by hangs in its preparations; then its turn comes."""
+    order = Path(_orders(lab)) / f"{name}{injector.BIRTH}"
+    first = _standby(lab, name)
+    injector.order(_orders(lab), order.name, "block")
+    _send(first, signal.SIGKILL)
+    wait_until(lambda: not order.exists(), 2 * _AGAIN_TIMEOUT, "another one that stands by")
+    pid = _pids(lab)[name]
+    lab.strike()
+    _send(pid, signal.SIGKILL)
+    yield
+
+
 def _standby(lab: Lab, name: str) -> int:
     """Who stands by for a child; there is one some time after the child has come up."""
     watchdog = _pids(lab)["watchdog"]
@@ -831,6 +845,7 @@ DEEDS: dict[str, Deed] = {
     "killed_again": _killed_again,
     "killed_in_fork": _killed_in_fork,
     "killed_with_standby": _killed_with_standby,
+    "standby_hangs": _standby_hangs,
     "standby_hurt": _standby_hurt,
     "killed_in_writes": _killed_in_writes,
     "left_behind": _left_behind,

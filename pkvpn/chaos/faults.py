@@ -27,8 +27,8 @@ class Promise(IntEnum):
 class Fault:
     """``expects``: what the journal must say, as `classes` has it: "core blocked".  ``may``: what
     it may say besides; anybody else who dies or is condemned died without need.  ``hold``: so many
-    seconds pass before it is undone.  ``needs``: of `deeds.NEEDS`.  ``alone``: too long or too
-    wild to be mixed with others."""
+    seconds pass before it is undone.  ``needs``: of `deeds.NEEDS`.  ``alone``: too long to be
+    mixed with others, or the journal, which is to name their causes, suffers itself."""
 
     id: str
     group: str
@@ -161,7 +161,9 @@ _HANGS = (
     Fault("starve-core", "hang", "the core gets no processor for 3 s", "starved", ("core",),
           may=("core starved",), hold=3.0, needs=("root",)),
     Fault("hang-in-start", "hang", "the next core hangs before it serves", "ordered_at_birth",
-          ("core", "block", 1), (f"core {START_TIMEOUT}",), ("core dead",)),
+          ("core", "block", 1), (f"core {START_TIMEOUT}",), ("core dead",), alone=True),
+    Fault("hang-in-standby", "hang", "who stands by for the core hangs, and its turn comes",
+          "standby_hangs", ("core",), ("core dead", f"core {START_TIMEOUT}"), alone=True),
     Fault("hang-in-stop", "hang", "the core ignores that it is to be replaced",
           "ignoring_the_stop", ("core",), ("restart-asked",), ("core blocked", "core dead")),
 )  # fmt: skip
@@ -219,11 +221,11 @@ _RESOURCES = (
     Fault("out-of-memory-core", "resources", "the kernel kills the core for its memory",
           "out_of_memory", ("core",), ("core dead",), needs=("memory",)),
     Fault("disk-full-log", "resources", "the log child cannot write while the core dies",
-          "limited", ("log", "FSIZE", 0, "core"), hold=0.5),
+          "limited", ("log", "FSIZE", 0, "core"), hold=0.5, alone=True),
     Fault("disk-full-core", "resources", "the database cannot grow", "database_full", (),
           hold=0.2),
     Fault("logs-removed", "resources", "journal, log and reports are removed under the log child",
-          "logs_removed", ("core",), ("core dead",)),
+          "logs_removed", ("core",), ("core dead",), alone=True),
     Fault("kill-core-in-writes", "resources", "kill -9 of the core while accounts are made",
           "killed_in_writes", ("core",), ("core dead",)),
     Fault("runtime-cleared", "resources", "the run-time directory is emptied under a living tree",

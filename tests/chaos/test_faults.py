@@ -26,7 +26,7 @@ block-core block-edge block-canary busy-core busy-edge gil-core gil-edge live-th
 logging-lock-core deaf-core deaf-edge stop-reading-core stop-reading-edge close-listener-edge
 leak-edge stop-core stop-edge mute-core mute-edge garbage-core garbage-edge partial-core
 partial-edge pause-core pause-edge pause-canary pause-log slow-core slow-edge log-flood zombies
-trace-core freeze-core starve-core hang-in-start hang-in-stop
+trace-core freeze-core starve-core hang-in-start hang-in-standby hang-in-stop
 kill-watchdog kill-watchdog-in-respawn kill-watchdog-in-stop kill-watchdog-in-start
 kill-watchdog-in-upgrade kill-watchdog-in-fork kill-everything kill-in-wrong-order nobody-reaps
 term-watchdog term-twice term-core pause-watchdog kill-core-without-watchdog
