@@ -55,7 +55,7 @@ class NotMade:
 # What a journal may call the end of a child: `Verdict` where it was condemned, else these.
 DEAD, START_TIMEOUT = "dead", "start-timeout"
 
-_CHILDREN = ("core", "edge-1", "canary", "log")
+CHILDREN = ("core", "edge-1", "canary", "log")
 _SERVING = ("core", "edge-1")
 # The log child is the watchdog's own, and takes no orders.
 _OBEDIENT = ("core", "edge-1", "canary")
@@ -79,12 +79,12 @@ _DEATHS = (
     *(
         Fault(f"kill-{child.removesuffix('-1')}", "death", f"kill -9 of {child}", "killed",
               (child,), (f"{child} dead",))
-        for child in _CHILDREN
+        for child in CHILDREN
     ),
     Fault("kill-core-and-edge", "death", "kill -9 of core and edge in one moment", "killed",
           ("core", "edge-1"), ("core dead", "edge-1 dead")),
     Fault("kill-all-children", "death", "kill -9 of all children in one moment", "killed",
-          _CHILDREN, ("core dead", "edge-1 dead", "canary dead"), ("log dead",)),
+          CHILDREN, ("core dead", "edge-1 dead", "canary dead"), ("log dead",)),
     Fault("kill-edge-while-adopting", "death", "kill -9 of the edge, and of two successors at once",
           "killed_again", ("edge-1", 2), ("edge-1 dead",)),
     Fault("kill-core-while-learning", "death", "kill -9 of the core, and of two successors at once",
@@ -144,7 +144,7 @@ _HANGS = (
     *(
         Fault(f"pause-{child.removesuffix('-1')}", "hang", f"SIGSTOP of {child}", "signalled",
               (child, "SIGSTOP"), (f"{child} stopped",))
-        for child in _CHILDREN
+        for child in CHILDREN
     ),
     Fault("slow-core", "hang", "each turn of the core's loop takes 0.1 s, for 3 s", "ordered",
           ("core", "slow"), hold=3.0),
@@ -202,7 +202,7 @@ _WATCHDOG = (
     Fault("starve-watchdog", "watchdog", "the watchdog gets no processor for 3 s", "starved",
           ("watchdog",), hold=3.0, needs=("root",)),
     Fault("freeze-tree", "watchdog", "the whole tree is frozen for 3 s, as by a suspend", "frozen",
-          (("watchdog", *_CHILDREN), False), ("watchdog-away",), hold=3.0, needs=("freezer",)),
+          (("watchdog", *CHILDREN), False), ("watchdog-away",), hold=3.0, needs=("freezer",)),
     Fault("bug-in-policy", "watchdog", "the policy raises while it decides of the core",
           "watchdog_bug", ("policy", "core"), ("internal-error", "core dead")),
     Fault("bug-in-loop", "watchdog", "the watchdog's own loop raises", "watchdog_bug", ("loop",),
@@ -213,7 +213,8 @@ _RESOURCES = (
     Fault("no-files-edge", "resources", "the edge may open no more files", "limited",
           ("edge-1", "NOFILE", 1, "", True), ("edge-1 deaf",)),
     Fault("no-files-watchdog", "resources", "no files for a new canary", "limited",
-          ("watchdog", "NOFILE", 3, "canary"), ("spawn-failed",), ("canary dead",), hold=0.5),
+          ("watchdog", "NOFILE", 3, "canary"), ("spawn-failed",),
+          ("canary dead", "report-failed"), hold=0.5),
     Fault("no-processes", "resources", "no process for a new canary", "no_processes",
           ("canary",), ("spawn-failed",), ("canary dead",), hold=0.5, needs=("pids",)),
     Fault("no-memory-core", "resources", "the core may have no more memory, and wants it",
@@ -267,7 +268,7 @@ _OPERATOR = (
     *(
         Fault(f"restart-{child.removesuffix('-1')}", "operator", f"restart {child}", "asked",
               ("restart", child), ("restart-asked",))
-        for child in _CHILDREN
+        for child in CHILDREN
     ),
     Fault("upgrade", "operator", "upgrade to the same code", "upgraded", ("same",), ("upgraded",),
           alone=True),

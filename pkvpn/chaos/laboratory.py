@@ -20,7 +20,7 @@ from typing import Any, Self
 
 from pkvpn.chaos import injector, invariants
 from pkvpn.chaos.deeds import DEEDS, NEEDS
-from pkvpn.chaos.faults import Fault, Promise, class_of, harmless
+from pkvpn.chaos.faults import CHILDREN, Fault, Promise, class_of, harmless
 from pkvpn.chaos.own_tree import OwnTree, TreeError, wait_until
 from pkvpn.chaos.traffic import HUB, USERS, Traffic, TrafficError
 from pkvpn.watchdog.control import ControlError
@@ -154,7 +154,9 @@ class Laboratory:
             with contextlib.suppress(OSError, ControlError):
                 self._judge_journal(faults, began, restarts)
         self._judge_tree()
-        if not self._is_well():
+        try:
+            wait_until(self._all_well, _STEADY_TIMEOUT, "the tree is well")
+        except TreeError:
             self._begin_anew()
         return finding
 
@@ -166,15 +168,17 @@ class Laboratory:
         return {name: int(child["restarts"]) for name, child in self.tree.children().items()}
 
     def _see(self, faults: Sequence[Fault], began: float) -> None:
-        """Wait until the journal names what it must; of several faults only the first one is
-        certain to come to light."""
+        """Wait until the journal names what it must; of several faults one may end the child
+        that another one was to make ill."""
         expected = {word for fault in faults for word in fault.expects}
 
         def seen() -> bool:
             said = self._words(began)
-            if len(faults) > 1:
-                return not expected or any(self._concerns(word, expected) for word in said)
-            return expected <= said.keys()
+            ended = {word.partition(" ")[0] for word in said if not harmless(word)}
+            return all(
+                word in said or (len(faults) > 1 and word.partition(" ")[0] in ended)
+                for word in expected
+            )
 
         try:
             wait_until(seen, SEE_TIMEOUT, "the cause", every=0.02)
@@ -196,8 +200,14 @@ class Laboratory:
         return any(word.partition(" ")[0] == one.partition(" ")[0] for one in expected)
 
     def _heal(self) -> None:
-        wait_until(self.tree.is_up, HEAL_TIMEOUT, "the tree is up again")
+        wait_until(self._all_well, HEAL_TIMEOUT, "the tree is up again")
         self._finding.heal_ms = round(1e3 * (time.monotonic() - self._struck_at), 2)
+
+    def _all_well(self) -> bool:
+        """Does every child serve, and is none of them suspected of anything?"""
+        status = self.tree.status()
+        suspected = any(child["verdict"] != "ok" for child in status["children"])
+        return status["state"] == "up" and not suspected
 
     # -- what came of it
 
@@ -267,11 +277,11 @@ class Laboratory:
             wait_until(well, _STEADY_TIMEOUT, "the invariants", every=0.1)
         self._finding.violations += found
         try:
-            self._judge_accounts()
-        except (OSError, ControlError) as error:
-            self.violate(f"the core does not answer: {error}")
+            wait_until(self._judge_accounts, _STEADY_TIMEOUT, "the core answers")
+        except TreeError as error:
+            self.violate(str(error))
 
-    def _judge_accounts(self) -> None:
+    def _judge_accounts(self) -> bool:
         there = {user["name"] for user in self.tree.ask("user.list", hub=HUB)} - set(USERS)
         if gone := self._accounts - there:
             self.violate(f"acknowledged and gone: {', '.join(sorted(gone))}")
@@ -283,14 +293,9 @@ class Laboratory:
             self.tree.ask("user.delete", hub=HUB, name=name)
             self._accounts.remove(name)
             self._deleted.add(name)
+        return True
 
     # -- the bed
-
-    def _is_well(self) -> bool:
-        try:
-            return self.tree.is_up() and self.tree.ended() is None
-        except (OSError, ControlError):
-            return False
 
     def _begin_traffic(self) -> None:
         self._traffic = Traffic(self.tree.port)
@@ -385,6 +390,8 @@ def _sequence(
         yield mixture(possible, dice)
 
 
+# Deeds that may hit the same child in one round; of others nobody could say what came of which.
+_PLAIN = ("killed", "killed_again", "killed_with_standby", "asked", "port_contended")
 # Deeds that keep the watchdog from answering: one at a time, and after all that ask it.
 _SILENCING = ("watchdog_paused", "starved", "frozen", "limited", "no_processes", "watchdog_bug")
 
@@ -400,8 +407,22 @@ def mixture(possible: Sequence[Fault], dice: random.Random) -> list[Fault]:
             continue
         if fault.deed in _SILENCING and any(one.deed in _SILENCING for one in chosen):
             continue
+        if any(_meet(fault, one) for one in chosen):
+            continue
         chosen.append(fault)
     return sorted(chosen, key=lambda fault: fault.deed in _SILENCING) or mixture(possible, dice)
+
+
+def _meet(one: Fault, other: Fault) -> bool:
+    """Whether both hit the same child, and it would not be known which of them did what."""
+    if one.deed in _PLAIN and other.deed in _PLAIN:
+        return False
+    return bool(_targets(one) & _targets(other))
+
+
+def _targets(fault: Fault) -> set[str]:
+    words = (*fault.args, *fault.expects, *fault.may)
+    return {str(word).partition(" ")[0] for word in words} & set(CHILDREN)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 Strategy: the watchdog is our child and is killed by the kernel if we die; its children go with
 it.  Everything is asked of it through its own sockets, as an operator would.  The port is chosen
-once, by the kernel, so that a tree that is started again is found where the last one was.
+once, so that a tree that is started again is found where the last one was.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -55,6 +56,12 @@ def wait_until(condition: Callable[[], T], within: float, what: str, every: floa
         time.sleep(every)
 
 
+def _free_port() -> int:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
 class OwnTree:
     """A tree that is started, asked, hurt and ended by one process, ours."""
 
@@ -68,9 +75,9 @@ class OwnTree:
         # Whose modules run.
         self.code = Path(__file__).resolve().parents[2]
         self.settings = settings
-        self._port = 0
+        # Chosen here: a configuration that is written again is to say the same.
+        self._port = _free_port()
         self._process: subprocess.Popen[bytes] | None = None
-        self.first_words: dict[str, Any] = {}
         if self.orders is not None:
             self.orders.mkdir()
 
@@ -103,8 +110,6 @@ class OwnTree:
         self._process, answer = self.launch(prefix=prefix, **more)
         if not answer.get("ready"):
             raise TreeError(f"the tree did not start: {answer}")
-        self.first_words = answer
-        self._port = int(self.status()["listeners"][0]["port"])
 
     def launch(
         self, *, prefix: tuple[str, ...] = (), **more: Any

@@ -136,3 +136,5 @@ def test_a_mixture_of_faults_leaves_somebody_who_answers() -> None:
         if len(faults) > 1:
             assert all(fault.promise is not Promise.ENDED for fault in faults)
             assert not silencing & {fault.deed for fault in faults[:-1]}
+            ill = [f.args[0] for f in faults if f.deed == "ordered"]
+            assert len(set(ill)) == len(ill)
