@@ -269,7 +269,7 @@ def peers(directory: Path) -> list[Peer]:
         return [python, SERVICE, str(PORT), "--tree", str(place)]
 
     small = (
-        ("pkvpn.watchdog", "defaults: beat 0.3 s, hang 1 s", tree),
+        ("pkvpn.watchdog", "defaults: beat 0.2 s, hang 1 s", tree),
         ("floor: preloaded fork loop", "no watching at all", fork_loop),
         ("supervisord", "autorestart=true, startsecs=0; it has no hang detection", supervisord),
         (
