@@ -65,6 +65,9 @@ CONNS_PER_START = 1 << 20
 # 0 is nobody: no connection has it.
 NOBODY = 0
 
+# Why an edge has closed a connection that it must have died on.
+POISONED = "two edges died on it"
+
 # In an Unflow: all of this connection.  No flow has this key, since a frame from the MAC of zeros
 # is dropped before it is looked up.
 ALL_FLOWS = bytes(12)

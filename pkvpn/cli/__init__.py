@@ -64,6 +64,7 @@ _VERBS: Mapping[str, _Verb] = {
     "user": _Verb("admin", "add, list and delete users, set their passwords"),
     "session": _Verb("admin", "list sessions, end one"),
     "mac": _Verb("admin", "list the MAC addresses of a hub"),
+    "quarantine": _Verb("admin", "who is kept out after deaths of the core or an edge"),
     "bridge": _Verb("admin", "add, list and delete local bridges"),
     "connect": _Verb("connect", "log in to a server as a client"),
     "config": _Verb("configuration", "show the effective configuration, or all defaults"),

@@ -1,4 +1,4 @@
-"""`hub`, `user`, `session`, `mac` and `bridge`: what is kept in the database, and who is there.
+"""`hub`, `user`, `session`, `mac`, `bridge`, `quarantine`: what the database has, and who is there.
 
 Strategy: one table says which verbs there are and what each takes; it is the parser and the
 request in one.  While the service runs, its core is asked, so that a change takes effect at once;
@@ -107,6 +107,10 @@ _VERBS: Mapping[str, Mapping[str, _Verb]] = {
     "mac": {
         "list": _Verb("the MAC addresses a hub has learnt", ("hub",), pages=("mac", "vlan")),
     },
+    "quarantine": {
+        "list": _Verb("users and addresses that are kept out, since what they sent killed"),
+        "lift": _Verb("let one of them in again", ("name",)),
+    },
     "bridge": {
         "add": _Verb("join a hub to a TAP device", ("hub", "device"), _bridge_options),
         "list": _Verb("all bridges"),
@@ -115,7 +119,7 @@ _VERBS: Mapping[str, Mapping[str, _Verb]] = {
 }
 
 # What only a running core knows.
-_LIVE = ("session", "mac")
+_LIVE = ("session", "mac", "quarantine")
 
 # What belongs to the command line and not to the request.
 _OWN = frozenset({"verb", "config", "what", "json", "password_stdin"})

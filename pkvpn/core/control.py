@@ -100,6 +100,12 @@ class Live(Protocol):
     def bridges(self) -> dict[str, str]:
         """What each bridge is at, by device."""
 
+    def quarantine(self) -> list[dict[str, Any]]:
+        """Users ("HUB/USER") and addresses that are kept out, since what they sent killed."""
+
+    def lift(self, name: str) -> bool:
+        """Let one of them in again; False: he is not kept out."""
+
     def status(self) -> dict[str, Any]:
         """The core as a whole."""
 
@@ -309,6 +315,16 @@ class Control:
             )
         return shown
 
+    # --- quarantine
+
+    def _quarantine_list(self, _args: Args) -> Any:
+        return _fitting(self._running("quarantine.list").quarantine())
+
+    def _quarantine_lift(self, args: Args) -> Any:
+        if not self._running("quarantine.lift").lift(args["name"]):
+            raise Refused(f"{args['name']!r} is not in quarantine")
+        return {"lifted": args["name"]}
+
     # --- the whole
 
     def _status(self, _args: Args) -> Any:
@@ -440,5 +456,7 @@ _VERBS = {
     "bridge.add": _Verb({"hub": "text", "device": "text"}, {"linux_bridge": "text"}),
     "bridge.list": _Verb({}, {}),
     "bridge.delete": _Verb({"device": "text"}, {}),
+    "quarantine.list": _Verb({}, {}),
+    "quarantine.lift": _Verb({"name": "text"}, {}),
     "status": _Verb({}, {}),
 }

@@ -11,6 +11,7 @@ the two codes that users need to see (8 no such hub, 9 not authenticated).
 import hmac
 import ipaddress
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -133,6 +134,8 @@ class LoginDesk:
                 b"",
                 CANARY_GENERATION,
             )
+        # Is the user "HUB/NAME" in quarantine at this time?
+        self.kept_out: Callable[[str, float], bool] = lambda _name, _now: False
         # True until every edge has told what it has: a session that is not known may still come.
         self.loading = True
         self.refused: dict[int, int] = {}  # code -> how often
@@ -230,6 +233,8 @@ class LoginDesk:
             return self._refuse(
                 blob, ErrorCode.SERVER_CANT_ACCEPT, f"{name}: too many failures, from {address}"
             )
+        if self.kept_out(f"{login.hub}/{login.user}", now):
+            return self._refuse(blob, ErrorCode.SERVER_CANT_ACCEPT, f"{name}: in quarantine")
         hub_known, user = self._find_user(login.hub, login.user)
         if not _proved(user, login, blob.random):
             self._by_address.failed(address, now)
@@ -334,6 +339,10 @@ class LoginDesk:
         hub = self._accounts.hubs.get(who.hub_id)
         if hub is not None and not hub.online:
             return self._refuse(blob, ErrorCode.SESSION_TIMEOUT, "the hub is offline")
+        if hub is not None and self.kept_out(f"{hub.name}/{who.name}", now):
+            return self._refuse(
+                blob, ErrorCode.SESSION_TIMEOUT, f"user {who.name!r}: in quarantine"
+            )
         session = self._sessions.find(claim)
         if session is None:
             if not self._sessions.may_rebuild(claim, now):
@@ -377,6 +386,12 @@ class LoginDesk:
         if user is None or (claim.generation, claim.session) in self._accounts.kicked:
             return None
         return _Who(user.hub_id, user.id, user.name, user.generation)
+
+    def user_of(self, blob: Blob) -> str:
+        """Of the session that a connection is part of, as "HUB/NAME"; "" if there is none."""
+        who = self._holder(self._keys.read(blob.key))
+        hub = self._accounts.hubs.get(who.hub_id) if who is not None else None
+        return f"{hub.name}/{who.name}" if who is not None and hub is not None else ""
 
     def restore(self, blob: Blob, now: float) -> Session | None:
         """The session of a replayed connection; None: its key is worth nothing any more."""

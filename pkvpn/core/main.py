@@ -51,8 +51,8 @@ from pkvpn.core.flows import KnownFlow
 from pkvpn.core.hub import Drop, Hub, Port, Run
 from pkvpn.core.link import Link
 from pkvpn.core.login import CANARY_HUB, CANARY_HUB_ID, RANDOM_SIZE, LoginDesk, Outcome, address_key
+from pkvpn.core.poison import QUARANTINE, Mark, Quarantine
 from pkvpn.core.poison import SIZE as MARK_SIZE
-from pkvpn.core.poison import Mark
 from pkvpn.core.session import WEEK, Session, SessionKeys, Sessions
 from pkvpn.core.settings import CoreSettings
 from pkvpn.core.store import Store, StoreError, session_secret
@@ -165,7 +165,8 @@ class Core:
         self._lost: dict[str, int] = {}  # frames and requests that belong to no port
         self._switched = child.duty("switch")
         self._logged_in = child.duty("login")
-        self._mark = _take_mark(child)
+        self._mark, self._quarantine = _take_mark(child)
+        self._desk.kept_out = self._quarantine.holds
         self._poisoned = self._mark.judge(now)
         self._calls = Calls()
         fds = child.held("channel:core")
@@ -225,6 +226,7 @@ class Core:
             self._selector.close()
             self._calls.close()
             self._mark.close()
+            self._quarantine.close()
             for link in self._links:
                 link.close()
 
@@ -323,6 +325,8 @@ class Core:
                 self._hear_request(link, message, now)
             case Closed(conn, why):
                 link.present.discard(conn)
+                if why == channel.POISONED and conn in self._connections:
+                    self._keep_out(self._connections[conn], "edges died of what it sent", now)
                 self._forget(conn, why, now)
             case Replay():
                 self._hear_replay(link, message, now)
@@ -366,7 +370,11 @@ class Core:
         connection.number = request.number - 1
         if request.conn == self._poisoned:
             _log.error("%s: closed: cores died of its requests", connection.peer)
+            self._keep_out(connection, "cores died of a request", now)
             self._answer(connection, Outcome(close="cores died of it"))
+            return
+        if self._quarantine.holds(address_key(connection.peer), now):
+            self._answer(connection, Outcome(close="in quarantine"))
             return
         self._mark.begin(request.conn, request.number)
         try:
@@ -392,6 +400,20 @@ class Core:
             self._leave(connection, now)
         self._answer(connection, outcome)
         self._mark.end()
+
+    def _keep_out(self, connection: Connection, why: str, now: float) -> None:
+        """Whoever is behind it would go on with a new connection."""
+        name = self._desk.user_of(connection.blob)
+        if not name:
+            host, local = (text.rpartition(":")[0] for text in (connection.peer, connection.local))
+            if host == local or connection.hub is self._hubs[CANARY_HUB_ID]:
+                return  # the canary, or somebody whom the address does not tell from it
+            name = address_key(connection.peer)
+        self._quarantine.put(name, why, now)
+        _log.error(
+            "%s is in quarantine for %d s: %s; `vpnserver quarantine lift %s` ends it",
+            name, QUARANTINE, why, name,
+        )  # fmt: skip
 
     def _answer(self, connection: Connection, outcome: Outcome) -> None:
         blob = connection.blob
@@ -539,6 +561,7 @@ class Core:
         if connection.blob.stage is Stage.IN_SESSION:
             if replay.conn == self._poisoned:
                 _log.error("%s: closed: cores died of its frames", replay.peer)
+                self._keep_out(connection, "cores died of its frames", now)
                 self._close(replay.conn, "cores died of it", now)
                 return
             session = self._desk.restore(connection.blob, now)
@@ -925,6 +948,14 @@ class Core:
             device: tap.state for device, (tap, _, _) in self._taps.items()
         }
 
+    def quarantine(self) -> list[dict[str, Any]]:
+        """`Live.quarantine`."""
+        return self._quarantine.entries(time.monotonic())
+
+    def lift(self, name: str) -> bool:
+        """`Live.lift`."""
+        return self._quarantine.lift(name)
+
     def status(self) -> dict[str, Any]:
         """`Live.status`."""
         drops: Counter[str] = Counter()
@@ -947,6 +978,7 @@ class Core:
             "refused": refusals,
             "refused_logins": {str(int(code)): n for code, n in self._desk.refused.items()},
             "lost": dict(self._lost),
+            "quarantine": len(self._quarantine.entries(time.monotonic())),
         }
 
 
@@ -963,18 +995,21 @@ def _named(names: type[EdgeDrop] | type[Refusal], counts: Iterable[int]) -> dict
     return {name.value: n for name, n in zip(names, counts, strict=False) if n}
 
 
-def _take_mark(child: Child) -> Mark:
-    """The mark of the core before us, or a new one for the core after us."""
-    kept = child.given().get(_MARK_KEY)
-    if kept is not None:
-        return Mark(kept)
-    fd = os.memfd_create("core-mark", os.MFD_CLOEXEC)
+def _take_mark(child: Child) -> tuple[Mark, Quarantine]:
+    """What the core before us has left, or new ones for the core after us."""
+    fd = child.given().get(_MARK_KEY)
+    made = fd is None
+    if fd is None:
+        fd = os.memfd_create("core-mark", os.MFD_CLOEXEC)
     try:
-        os.ftruncate(fd, MARK_SIZE)
-        child.give(_MARK_KEY, fd)
-        return Mark(fd)
+        if os.fstat(fd).st_size < MARK_SIZE:  # also one of a core of older code
+            os.ftruncate(fd, MARK_SIZE)
+        if made:
+            child.give(_MARK_KEY, fd)
+        return Mark(fd), Quarantine(fd)
     finally:
-        os.close(fd)
+        if made:
+            os.close(fd)
 
 
 def _level(session: Session | None) -> int:

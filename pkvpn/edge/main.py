@@ -499,7 +499,7 @@ class Edge:
             self._say(channel.Opened(conn, identity.peer, identity.local, identity.tls))
         if conn == self._poisoned:
             _log.error("connection %#x from %s killed two edges: closed unread", conn, peer.peer)
-            self._close(peer, "two edges died on it")
+            self._close(peer, channel.POISONED)
         elif connection.closing:
             # Told again, for the same reason.
             self._tell_closed(peer, connection.closing)

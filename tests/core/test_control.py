@@ -51,6 +51,12 @@ class Core:
     def bridges(self) -> dict[str, str]:
         return {"tap0": "open"}
 
+    def quarantine(self) -> list[dict[str, Any]]:
+        return [{"name": "t/u", "why": "it kills", "left": 10.0}]
+
+    def lift(self, name: str) -> bool:
+        return name == "T/u"
+
     def status(self) -> dict[str, Any]:
         return {"sessions": 300}
 
@@ -130,6 +136,14 @@ def test_a_core_is_told_every_change(store: Store) -> None:
     assert control.answer("bridge.add", {"hub": "T", "device": "tap0"})["state"] == "open"
     assert "reload" in control.answer("bridge.add", {"hub": "T", "device": "tap1"})["state"]
     assert "reload" in control.answer("bridge.delete", {"device": "tap1"})["note"]
+
+
+def test_who_is_in_quarantine_is_told_and_let_go(store: Store) -> None:
+    control = Control(store, Core())
+    assert control.answer("quarantine.list", {})[0]["name"] == "t/u"
+    assert control.answer("quarantine.lift", {"name": "T/u"}) == {"lifted": "T/u"}
+    with pytest.raises(Refused, match="'T/v' is not in quarantine"):
+        control.answer("quarantine.lift", {"name": "T/v"})
 
 
 def all_pages(control: Control, verb: str, keys: tuple[str, ...], **args: Any) -> list[Any]:

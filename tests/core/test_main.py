@@ -10,6 +10,7 @@ import pytest
 
 from pkvpn.channel import (
     ALL_FLOWS,
+    POISONED,
     VERSION,
     Adopted,
     Closed,
@@ -30,7 +31,9 @@ from pkvpn.channel import (
     Unflow,
     join_blocks,
 )
+from pkvpn.core.hub import Hub
 from pkvpn.core.login import LoginDesk
+from pkvpn.core.poison import FRAME_DEATHS
 from pkvpn.watchdog.control import ControlError
 from tests.core.desk import PROBE, SIGNATURE, additional, login, pack_of, read
 from tests.core.fake_child import Edge, Tree
@@ -456,6 +459,56 @@ def test_a_request_that_kills_two_cores_is_not_given_to_a_third(tree: Tree, edge
     edge.say(Request(conn, 2, b"the one"))
     state = edge.hear(State)
     assert (state.conn, state.mode) == (conn, Mode.CLOSING)
+    # Nor is what comes from the same address, until somebody says so.
+    assert edge.request(edge.open(2), 1, SIGNATURE).close == "in quarantine"
+    (kept_out,) = tree.ask("quarantine.list")
+    assert (kept_out["name"], kept_out["why"]) == ("192.0.2.1", "cores died of a request")
+    tree.end_core()
+    tree.start()
+    edge.replay(edge.hear(Hello).epoch)
+    assert edge.request(edge.open(3), 1, SIGNATURE).close == "in quarantine"
+    tree.ask("quarantine.lift", name="192.0.2.1")
+    edge.log_in(4)
+    assert tree.ask("status")["quarantine"] == 0
+
+
+def test_whose_frames_kill_cores_is_kept_out_and_nobody_else(tree: Tree, edge: Edge) -> None:
+    def die(*_args: object) -> None:
+        os._exit(9)
+
+    def poison() -> None:
+        Hub.switch = die  # type: ignore[method-assign, assignment]
+
+    state, welcome = edge.log_in(1)
+    tree.end_core()
+    for _ in range(FRAME_DEATHS):
+        tree.start(poison)
+        edge.replay(edge.hear(Hello).epoch, state)
+        edge.send(state.conn, frame(B, A))
+        assert tree.wait(tree.pid) == 9
+        tree.pid = 0
+    tree.start()
+    edge.replay(edge.hear(Hello).epoch, state)
+    closed = edge.hear(State)
+    assert (closed.conn, closed.close) == (state.conn, "cores died of it")
+    assert [one["name"] for one in tree.ask("quarantine.list")] == ["t/u1"]
+    conn, _, random = edge.greet(2)
+    assert error_of(edge.request(conn, 2, login(random=random))) == 105
+    conn, _, _ = edge.greet(3)
+    assert error_of(edge.request(conn, 2, additional(welcome.session_key))) == 13
+    edge.log_in(4, "u2", "pw2")
+    tree.ask("quarantine.lift", name="T/u1")
+    edge.log_in(5)
+
+
+def test_what_kills_edges_puts_its_user_into_quarantine(tree: Tree, edge: Edge) -> None:
+    state, _ = edge.log_in(1)
+    edge.say(Closed(state.conn, POISONED))
+    eventually(lambda: tree.ask("quarantine.list")[0]["name"] == "t/u1")
+    canary, _ = edge.log_in(2, "canary", tree.canary.hex(), ".canary")
+    edge.say(Closed(canary.conn, POISONED))
+    eventually(lambda: tree.ask("status")["connections"] == 0)
+    assert tree.ask("status")["quarantine"] == 1
 
 
 def test_a_bug_in_a_login_costs_one_connection(tree: Tree) -> None:

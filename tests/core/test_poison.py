@@ -3,7 +3,15 @@ from collections.abc import Iterator
 
 import pytest
 
-from pkvpn.core.poison import FRAME_DEATHS, IN_A_ROW, SIZE, Mark
+from pkvpn.core.poison import (
+    FRAME_DEATHS,
+    IN_A_ROW,
+    MAX_QUARANTINED,
+    QUARANTINE,
+    SIZE,
+    Mark,
+    Quarantine,
+)
 
 
 @pytest.fixture
@@ -40,3 +48,31 @@ def test_frames_take_several_deaths_close_to_each_other(mark: Mark) -> None:
     assert mark.judge(5.0) == 7
     mark.begin(7, 0)
     assert mark.judge(5.0 + IN_A_ROW + 0.1) == 0
+
+
+def test_who_is_kept_out_is_known_to_the_next_core_and_not_for_ever() -> None:
+    fd = os.memfd_create("mark")
+    os.ftruncate(fd, SIZE)
+    first = Quarantine(fd)
+    first.put("T/u1", "why", 100.0)
+    second = Quarantine(fd)
+    assert second.entries(200.0) == [{"name": "t/u1", "why": "why", "left": QUARANTINE - 100.0}]
+    assert second.holds("t/U1", 200.0)
+    assert not second.holds("T/u2", 200.0)
+    assert not second.holds("T/u1", 100.0 + QUARANTINE)
+    assert second.lift("t/u1")
+    assert not second.lift("t/u1")
+    third = Quarantine(fd)
+    assert third.entries(200.0) == []
+    # What a stranger may choose of a name has a bound.
+    for number in range(1000):
+        third.put(f"{number}" + "\U0001f600" * 1000, "x" * 1000, 300.0)
+    fourth = Quarantine(fd)
+    assert fourth.entries(301.0) == third.entries(301.0)
+    assert 5 < len(fourth.entries(301.0)) <= MAX_QUARANTINED
+    # Its marks are others'.
+    mark = Mark(fd)
+    assert mark.judge(0.0) == 0
+    for one in (first, second, third, fourth, mark):
+        one.close()
+    os.close(fd)
