@@ -270,13 +270,13 @@ import os
 from pkvpn.watchdog.supervisor import Supervisor
 
 def arm(directory):
-    wait = Supervisor._until_next_deadline
+    wait = Supervisor._next_deadline
     def fall(self, now):
         if os.path.exists(directory + "/fall"):
             os.unlink(directory + "/fall")
             raise RuntimeError("a bug of the watchdog")
         return wait(self, now)
-    Supervisor._until_next_deadline = fall
+    Supervisor._next_deadline = fall
 '''
 _ARM = "import tinyd.falls; tinyd.falls.arm(directory)"
 
