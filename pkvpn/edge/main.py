@@ -16,6 +16,7 @@ Everything is imported here, before the fork: a new edge costs a fork and not an
 import datetime as dt
 import errno
 import fcntl
+import gc
 import logging
 import mmap
 import os
@@ -92,9 +93,11 @@ _HANDSHAKES_PER_TURN = 8
 _CONTROL_PER_TURN = 256
 _FRAMES_PER_TURN = 64
 # So long a turn may hear the core's messages (one that wakes a sleeper takes a tenth of that), and
-# so long it may do chores: frames wait for both.
+# so long it may do chores, and then none for a while: frames wait for both, and on a busy machine
+# who never rests is made to.
 _CONTROL_TIME = 0.001
 _CHORES_TIME = 0.001
+_CHORES_REST = 0.002
 
 # Where all places are taken, a connection that is not in the data phase after so long makes room
 # for a new one: else whoever holds them open keeps everybody out, the canary too, whose failure
@@ -289,6 +292,8 @@ class Edge:
         self._poisoned = 0
         self._chores: deque[Chore] = deque()
         self._chores_wait = False  # all of them, for the core
+        self._chores_at = 0.0  # when there is time for them again
+        self._urgent = False  # connections that cannot wait are not adopted yet
         self._sweeping = False
         self._per_address: dict[str, int] = {}
         # Accepted, without a place: the socket, whose it is, until when it may wait.
@@ -406,6 +411,10 @@ class Edge:
         self._sleeping, first = self._checkpoint.left()
         self._say(channel.Adopted(channel.VERSION))
         self._chores.append(self._adopt_all(first))
+        self._urgent = True
+        # What is adopted stays.  To look again and again, while it grows, whether it is garbage costs
+        # as much as to adopt it, and each time all at once.
+        gc.disable()
         self._do_chores()
 
     def _adopt_all(self, first: list[int]) -> Chore:
@@ -420,6 +429,7 @@ class Edge:
                 self._epoll.register(fd, select.EPOLLIN)
                 self._asleep_at[fd] = conn
                 yield False
+        self._urgent = False
         for conn in list(self._sleeping):
             self._find(conn)
             yield False
@@ -429,6 +439,8 @@ class Edge:
             self._drop(key)
             yield False
         self._given.clear()
+        gc.freeze()
+        gc.enable()
         if found:
             spent = time.monotonic() - began
             _log.info("adopted %d connections, %d at once, in %.3f s", found, len(first), spent)
@@ -562,10 +574,10 @@ class Edge:
         self._accept_or_not()
         stop_at, making_way = 0.0, False
         while not stop_at or (self._peers and self.now < stop_at):
-            waits = not self._chores or self._chores_wait
-            until_tick = max(0.0, self._next_tick - self.now)
-            until_beat = child.turn(self.now)
-            self.turn(min(until_beat, until_tick) if waits else 0.0)
+            due = self._next_tick
+            if self._chores and not self._chores_wait:
+                due = min(due, self._chores_at)
+            self.turn(min(child.turn(self.now), max(0.0, due - self.now)))
             # Also when a stop comes while we make way: then no successor comes after all.
             if child.stopping and (not stop_at or child.yielding != making_way):
                 stop_at, making_way = self.now + _STOP_TIMEOUT, child.yielding
@@ -589,23 +601,26 @@ class Edge:
         self.now = time.monotonic()
         self._serve(events)
         self._flush_touched()
-        if self._chores:
+        if self._chores and self.now >= self._chores_at:
             self._do_chores()
             self._flush_touched()
         self._forward.done = self._turn.forwarded
 
     def _do_chores(self) -> None:
         """A moment for each of them in turn."""
-        until = time.monotonic() + _CHORES_TIME
+        now = time.monotonic()
+        until = now + _CHORES_TIME
         idle = 0  # how many in a row could not go on
-        while self._chores and idle < len(self._chores) and time.monotonic() < until:
+        while self._chores and idle < len(self._chores) and now < until:
             chore = self._chores.popleft()
             try:
                 idle = idle + 1 if next(chore) else 0
             except StopIteration:
                 continue
             self._chores.append(chore)
+            now = time.monotonic()
         self._chores_wait = idle >= len(self._chores)
+        self._chores_at = now if self._urgent else now + _CHORES_REST
 
     @staticmethod
     def _can_be_left(peer: Peer) -> bool:
