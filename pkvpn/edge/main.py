@@ -412,8 +412,8 @@ class Edge:
         self._say(channel.Adopted(channel.VERSION))
         self._chores.append(self._adopt_all(first))
         self._urgent = True
-        # What is adopted stays.  To look again and again, while it grows, whether it is garbage costs
-        # as much as to adopt it, and each time all at once.
+        # What is adopted stays.  To look again and again, while it grows, whether it is garbage
+        # costs as much as to adopt it, and each time all at once.
         gc.disable()
         self._do_chores()
 

@@ -1,12 +1,15 @@
 """The formulas for how far a connection has come, against a connection whose course is known."""
 
+import select
 import socket
 import termios
 from collections.abc import Iterator
 
 import pytest
 
+from pkvpn.config import Address
 from pkvpn.edge import kernel
+from pkvpn.listeners import listen
 from tests.support import eventually
 
 
@@ -150,3 +153,22 @@ def test_a_race_between_the_calls_is_no_position(
     monkeypatch.setattr(kernel, "_ioctl", late)
     assert kernel.positions(server) == (0, 0)
     assert sizes == []
+
+
+def test_an_urgent_byte_counts_like_any_other() -> None:
+    """Sockets of ours are accepted from such listeners; without it the count is off for good."""
+    listener = socket.socket(fileno=listen(Address("127.0.0.1", 0)))
+    with listener, socket.create_connection(listener.getsockname()) as client:
+        eventually(lambda: select.select([listener], [], [], 0)[0])
+        server, _ = listener.accept()
+        with server:
+            server.setblocking(False)
+            client.sendall(b"ab")
+            client.send(b"!", socket.MSG_OOB)
+            client.sendall(b"cd")
+            got = b""
+            while len(got) < 5:
+                if select.select([server], [], [], 5.0)[0]:
+                    got += server.recv(100)
+            assert got == b"ab!cd"
+            is_at(server, 5, 0)

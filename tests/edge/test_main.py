@@ -1,9 +1,12 @@
 """A whole edge in a process of its own, OpenSSL clients in front of it, a scripted core behind."""
 
+import fcntl
+import mmap
 import os
 import socket
 import ssl
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -12,6 +15,7 @@ import pytest
 from pkvpn import channel
 from pkvpn.channel import EdgeDrop, Mode
 from pkvpn.edge import kernel, main
+from pkvpn.edge.checkpoint import Checkpoint
 from pkvpn.edge.main import EdgeSettings
 from pkvpn.protocol.blocks import BlockDecoder
 from tests.edge.conftest import Pem
@@ -575,6 +579,64 @@ def test_where_the_kernel_does_not_tell_positions_nothing_is_adopted(pem: Pem) -
         client.read_to_the_end()  # a goodbye, so that it comes back by its key
     finally:
         tree.close()
+
+
+def test_an_edge_does_not_touch_what_another_still_has(tree: FakeTree) -> None:
+    """Killed, and not dead yet: its lock on the memory is what tells."""
+    tree.kill()
+    still = os.open(f"/proc/self/fd/{tree.checkpoint}", os.O_RDWR)
+    fcntl.flock(still, fcntl.LOCK_EX)
+    ready_before: list[bool] = []
+
+    def die() -> None:
+        ready_before.append(tree.ready)
+        os.close(still)
+
+    dying = threading.Timer(0.5, die)
+    dying.start()
+    tree.start()
+    dying.join()
+    assert ready_before == [False]
+
+
+def test_the_memory_neither_shrinks_nor_grows(tree: FakeTree) -> None:
+    size = os.fstat(tree.checkpoint).st_size
+    for other in (0, size - 4096, size + 4096):
+        with pytest.raises(PermissionError):
+            os.ftruncate(tree.checkpoint, other)
+
+
+def test_a_slot_that_makes_no_sense_costs_its_own_connection(
+    tree: FakeTree, pair: tuple[Client, Client]
+) -> None:
+    a, b = pair
+    other = Client(tree).login()
+    tree.kill()
+    memory = Checkpoint(memoryview(mmap.mmap(tree.checkpoint, 0)))
+    slot = memory.slot(memory.left()[0][a.conn])
+    _, hot, _ = slot.load()
+    # A position that lies outside the ring.
+    slot.save(hot._replace(in_position=hot.in_position + 1, in_base=hot.in_base + 1))
+    tree.start()
+    eventually(lambda: len(tree.drain()) == 2)
+    with pytest.raises((ssl.SSLEOFError, ConnectionResetError)):
+        a.read_to_the_end()
+    tree.core.say(channel.Flow(b.conn, A + B, other.conn))
+    b.sock.sendall(batch(frame(A, B)))
+    assert other.read_frames(1) == [frame(A, B)]
+
+
+def test_descriptors_of_others_are_not_adopted(tree: FakeTree, pair: tuple[Client, Client]) -> None:
+    """Told by the cookie: names could be wrong, as after a bug in whoever kept them."""
+    tree.kill()
+    one, two = tree.given
+    tree.given[one], tree.given[two] = tree.given[two], tree.given[one]
+    tree.start()
+    eventually(lambda: not tree.drain())
+    for client in pair:
+        with pytest.raises((ssl.SSLEOFError, ConnectionResetError)):
+            client.read_to_the_end()
+    Client(tree).login()
 
 
 def test_a_core_of_another_version_is_not_heeded_and_flows_go_on(
