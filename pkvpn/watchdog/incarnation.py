@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import multiprocess.connection  # noqa: F401 - else by the first join, when it may open no file
 from multiprocess import context as multiprocess_context
 
 from pkvpn.watchdog import machine, procfs, upgrade

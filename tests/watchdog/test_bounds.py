@@ -6,6 +6,8 @@ import os
 import resource
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -333,6 +335,20 @@ def test_no_descriptors_left_is_a_spawn_that_failed_and_is_tried_again(tmp_path:
         tree.up("bad", after=0)
         assert tree.pid_of("two") == two
         assert tree.journal("internal-error") == []
+
+
+def test_a_child_is_reaped_without_opening_a_file() -> None:
+    """What a death of a child wants imported is there before: there may be no descriptor left."""
+    program = """
+import sys, resource
+from pkvpn.watchdog import incarnation
+process = incarnation._fork.Process(target=int)
+process.start()
+resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
+process.join(timeout=0)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.root
