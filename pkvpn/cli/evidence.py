@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections import Counter
 from typing import Any
 
 from pkvpn.cli import OK, Command, Refusal
@@ -64,7 +65,11 @@ def _list_or_show(args: argparse.Namespace, directory: str) -> int:
         if args.json:
             print(json.dumps(found, indent=2))
         else:
-            rows = [("ID", "CHILD", "PID", "CLASS", "UPTIME", "STOOD IN"), *map(_row, found)]
+            same = Counter(one.get("fingerprint") for one in found)
+            rows: list[tuple[str, ...]] = [
+                ("ID", "CHILD", "PID", "CLASS", "UPTIME", "SAME", "STOOD IN")
+            ]
+            rows += [_row(one, same[one.get("fingerprint")]) for one in found]
             print("\n".join(table(rows)))
         return OK
     one = report.load_report(directory, args.id)
@@ -72,11 +77,12 @@ def _list_or_show(args: argparse.Namespace, directory: str) -> int:
     return OK
 
 
-def _row(report: dict[str, Any]) -> tuple[str, ...]:
+def _row(report: dict[str, Any], same: int) -> tuple[str, ...]:
+    """``same``: how many reports have its fingerprint."""
     from pkvpn.watchdog.report import standing_line
 
     if "error" in report:
-        return report["id"], "-", "-", report["error"], "-", "-"
+        return report["id"], "-", "-", report["error"], "-", "-", "-"
     uptime = report["uptime"]
     return (
         report["id"],
@@ -84,6 +90,7 @@ def _row(report: dict[str, Any]) -> tuple[str, ...]:
         str(report["pid"]),
         report["class"],
         "-" if uptime is None else f"{uptime:.1f}s",
+        str(same) if report.get("fingerprint") else "-",
         standing_line(report["stacks"]) or "-",
     )
 

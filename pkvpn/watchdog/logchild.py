@@ -45,6 +45,9 @@ _BATCH = 128
 # is as much as the line; a pipe has room for some hundred.
 _PAUSE = 0.05
 
+# Different crashes that are told apart.
+_MAX_FINGERPRINTS = 256
+
 # Longest wait at the end for what is still queued.
 _DRAIN_BUDGET = 1.0
 
@@ -347,6 +350,8 @@ class _Writer:
         self._tails: dict[str, deque[str]] = {}
         self._buckets: dict[str, _Bucket] = {}
         self._fallback = _Bucket(_FALLBACK_RATE, _FALLBACK_RATE, time.monotonic())
+        # How often each crash has come, the latest last.
+        self._fingerprints: dict[str, int] = {}
         self._missing = 0  # lines that are not in the log file
         self._missing_why = ""
 
@@ -454,12 +459,29 @@ class _Writer:
         tail = self._tails.get(str(body.get("child", "")))
         if tail and not body.get("log"):
             body["log"] = list(tail)
+        self._note_fingerprint(body)
         try:
             self._store.save(body)
         except (OSError, ValueError, TypeError) as error:
             where = reports.standing_line(str(body.get("stacks", "")))
             text = f"crash report {body.get('id')} could not be kept: {error}"
             self._own_line(logging.ERROR, f"{text} (stood in {where})" if where else text)
+
+    def _note_fingerprint(self, body: dict[str, Any]) -> None:
+        """Say so when the same crash comes again and again: the 2nd, 4th, 8th ... time."""
+        print_ = str(body.get("fingerprint") or "")
+        if not print_:
+            return
+        times = self._fingerprints.pop(print_, 0) + 1
+        self._fingerprints[print_] = times
+        if len(self._fingerprints) > _MAX_FINGERPRINTS:
+            del self._fingerprints[next(iter(self._fingerprints))]  # the one seen longest ago
+        if times > 1 and times & (times - 1) == 0:
+            where = reports.standing_line(str(body.get("stacks", "")))
+            entry = make_entry("same-crash", wall=time.time(), mono=time.monotonic())
+            text = f"{times} times the same since the log child began: {where}"
+            child = str(body.get("child", ""))
+            self._journal.append({**entry, "child": child, "text": text, "fingerprint": print_})
 
     # stderr
 

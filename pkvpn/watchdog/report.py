@@ -7,6 +7,7 @@ wants first, the line of code where the child stood, stands first when a report 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -104,6 +105,7 @@ def build(
         "uptime": uptime,
         "restarts": restarts,
         "rusage": dict(rusage or {}),
+        "fingerprint": fingerprint(child, verdict, stacks),
         "stacks": cut(stacks, _STACKS),
         "beats": [_beat(age, beat, duties) for age, beat in beats[-_BEATS:]],
         "proc": {name: cut(text, _PROC_ENTRY) for name, text in (snapshot or {}).items()},
@@ -166,6 +168,8 @@ def _longest(report: Report) -> str:
 
 _THREAD = re.compile(r"^(Current thread|Thread|Stack)\b.*\(most recent call first\):\s*$")
 _FRAME = re.compile(r'^\s+File "(?P<file>.*)", line (?P<line>\d+|\?\?\?) in (?P<name>.*)$')
+# Frames that tell crashes apart; what called all of them says nothing.
+_DEPTH = 8
 _TRACEBACK = "Traceback (most recent call last):"
 _RAISED = re.compile(r'^\s+File "(?P<file>.*)", line (?P<line>\d+), in (?P<name>.*)$')
 
@@ -177,30 +181,53 @@ def standing_line(stacks: str) -> str | None:
     faulthandler writes last.  After an exception: where it was raised.  None if there is no
     such line.
     """
+    frames = _standing_frames(stacks)
+    if not frames:
+        return None
+    return f"{frames[0]['name']} at {frames[0]['file']}:{frames[0]['line']}"
+
+
+def fingerprint(child: str, verdict: str, stacks: str) -> str:
+    """What crashes of one cause have in common: who, how, and the functions it stood in.
+
+    Without the numbers of lines and without their addresses, which another build moves.  Empty if
+    there are no stacks, and for stacks that somebody asked for.
+    """
+    frames = _standing_frames(stacks)
+    if not frames or verdict == "asked":
+        return ""
+    places = [f"{frame['name']} {frame['file'].rpartition('/')[2]}" for frame in frames[:_DEPTH]]
+    # Edges are of one kind.
+    text = "\n".join([child.rstrip("0123456789-"), verdict, *places])
+    return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()[:12]
+
+
+def _standing_frames(stacks: str) -> list[re.Match[str]]:
+    """Of the thread that counts, the innermost first."""
     if _TRACEBACK in stacks and "Fatal Python error" not in stacks:
         raised = [match for line in stacks.splitlines() if (match := _RAISED.match(line))]
         if raised:
-            return f"{raised[-1]['name']} at {raised[-1]['file']}:{raised[-1]['line']}"
-    threads: list[tuple[bool, str | None]] = []
+            return raised[::-1]
+    threads: list[tuple[bool, list[re.Match[str]]]] = []
     fatal = False
-    waiting = False
+    reading = False
     for line in stacks.splitlines():
         if line.startswith("Fatal Python error"):
             fatal = True
             threads.clear()
         if _THREAD.match(line):
-            threads.append((line.startswith("Current thread"), None))
-            waiting = True
-        elif waiting and (frame := _FRAME.match(line)):
-            current = threads[-1][0]
-            threads[-1] = (current, f"{frame['name']} at {frame['file']}:{frame['line']}")
-            waiting = False
+            threads.append((line.startswith("Current thread"), []))
+            reading = True
+        elif reading and (frame := _FRAME.match(line)):
+            threads[-1][1].append(frame)
+        elif threads and threads[-1][1]:
+            reading = False
     if not threads:
-        return None
+        return []
     if fatal:
-        for current, where in threads:
+        for current, frames in threads:
             if current:
-                return where
+                return frames
     return threads[-1][1]
 
 

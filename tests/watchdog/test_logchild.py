@@ -195,6 +195,18 @@ def test_a_report_gets_the_tail_of_its_childs_log(place: Place) -> None:
     assert [line.rpartition("INFO ")[2] for line in report["log"]] == ["line 2", "line 3", "line 4"]
 
 
+def test_the_same_crash_again_and_again_is_an_event(place: Place) -> None:
+    for _ in range(5):
+        place.watchdog.send_report(a_report())
+    place.watchdog.send_report({**a_report(), "fingerprint": "another"})
+    place.watchdog.send_report({**a_report(), "fingerprint": ""})
+    place.run()
+    entries = read_entries(str(place.directory))
+    assert [(one["event"], one["child"]) for one in entries] == [("same-crash", "core")] * 2
+    assert [one["text"].split()[0] for one in entries] == ["2", "4"]
+    assert entries[0]["text"].endswith("serve at /x/main.py:5")
+
+
 def test_an_exception_travels_as_text(place: Place) -> None:
     logger = a_logger(place)
     try:

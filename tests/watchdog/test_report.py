@@ -19,6 +19,7 @@ from pkvpn.watchdog.report import (
     build,
     cut,
     encode,
+    fingerprint,
     list_reports,
     load_report,
     render,
@@ -250,3 +251,29 @@ def test_a_rendered_report_without_anything_says_so() -> None:
     lines = render({"child": "core", "signal": 222, "exit_code": 3}).splitlines()
     assert lines[0] == "core: ?, signal 222, exit code 3: no reason known"
     assert lines[1] == "where it stood is not known: no stacks"
+
+
+CRASH = """Fatal Python error: Segmentation fault
+
+Thread 0x00007f (most recent call first):
+  File "/a/threading.py", line 5 in wait
+
+Current thread 0x00008f (most recent call first):
+  File "/a/pkvpn/core/hub.py", line {line} in switch
+  File "/a/pkvpn/core/main.py", line 90 in _hear_frames
+"""
+
+
+def test_the_same_crash_has_the_same_fingerprint_wherever_it_is_installed() -> None:
+    first = fingerprint("core", "dead", CRASH.format(line=7))
+    assert len(first) == 12
+    moved = CRASH.format(line=9).replace("0x00008f", "0x11118f").replace('"/a/', '"/other/')
+    assert fingerprint("core", "dead", moved) == first
+    assert fingerprint("edge-1", "dead", moved) == fingerprint("edge-2", "dead", moved) != first
+    for other in (
+        fingerprint("core", "busy", CRASH),
+        fingerprint("core", "dead", CRASH.replace("_hear_frames", "_hear_request")),
+    ):
+        assert other not in (first, "")
+    assert fingerprint("core", "dead", "") == fingerprint("core", "asked", CRASH) == ""
+    assert standing_line(CRASH.format(line=7)) == "switch at /a/pkvpn/core/hub.py:7"
