@@ -23,6 +23,7 @@ from pkvpn.channel import (
     Hello,
     Mode,
     Opened,
+    Present,
     Refusal,
     Replayed,
     Request,
@@ -418,6 +419,32 @@ def test_a_new_edge_gets_again_what_it_has_lost(tree: Tree, edge: Edge) -> None:
     orphan = next(s for s in tree.ask("session.list") if s["user"] == "anon")
     assert orphan["connections"] == 0
     assert three.conn not in {one.conn, two.conn}
+
+
+def test_an_edge_whose_predecessor_told_all_names_only_who_is_there(tree: Tree, edge: Edge) -> None:
+    one, two = two_clients(edge)
+    edge.log_in(3, "anon", "")
+    edge.say(Adopted(VERSION))
+    epoch = edge.hear(Hello).epoch
+    # It has not seen the last State of one, and has nothing of a third; nobody is replayed.
+    edge.say(Present(((one.conn, one.number - 1), (two.conn, two.number))), Replayed(epoch))
+    assert edge.hear(State) == one
+    flows = {(edge.hear(Flow).conn) for _ in range(2)}
+    assert flows == {one.conn, two.conn}
+    edge.send(one.conn, frame(EVERYBODY, A))
+    assert edge.receive() == ((two.conn,), [frame(EVERYBODY, A)])
+    orphan = next(s for s in tree.ask("session.list") if s["user"] == "anon")
+    assert orphan["connections"] == 0
+
+
+def test_an_edge_of_another_version_is_not_heeded_until_it_is_replaced(edge: Edge) -> None:
+    one, two = two_clients(edge)
+    edge.say(Adopted(VERSION + 1))
+    edge.say(Closed(one.conn, "in another language"))
+    edge.say(Adopted(VERSION))
+    epoch = edge.hear(Hello).epoch
+    edge.say(Present(((one.conn, one.number), (two.conn, two.number))), Replayed(epoch))
+    assert {edge.hear(Flow).conn for _ in range(2)} == {one.conn, two.conn}
 
 
 def test_a_flow_that_does_not_hold_is_withdrawn_when_an_edge_names_it(edge: Edge) -> None:

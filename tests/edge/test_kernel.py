@@ -167,8 +167,7 @@ def test_an_urgent_byte_counts_like_any_other() -> None:
             client.send(b"!", socket.MSG_OOB)
             client.sendall(b"cd")
             got = b""
-            while len(got) < 5:
-                if select.select([server], [], [], 5.0)[0]:
-                    got += server.recv(100)
+            while len(got) < 5 and select.select([server], [], [], 5.0)[0]:
+                got += server.recv(100)
             assert got == b"ab!cd"
             is_at(server, 5, 0)
