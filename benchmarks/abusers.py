@@ -71,8 +71,12 @@ def _post(target: str, body: bytes, kind: str = http.PACK_TYPE) -> bytes:
 def _greeted(address: Address) -> tuple[ssl.SSLSocket, bytes]:
     """A connection that the server expects a login on; and the login of a user it has not."""
     sock = over_tls(address)
-    sock.sendall(_post(http.CONNECT_TARGET, http.SIGNATURE, http.IMAGE_TYPE))
-    sock.recv(65536)
+    try:
+        sock.sendall(_post(http.CONNECT_TARGET, http.SIGNATURE, http.IMAGE_TYPE))
+        sock.recv(65536)
+    except BaseException:
+        sock.close()
+        raise
     proof = secure_password(user_key("pw", "nobody"), bytes(20))
     pack = Login("T", "nobody", AuthType.PASSWORD, secure_password=proof).to_pack().encode()
     return sock, pack
