@@ -23,7 +23,7 @@ from tests.watchdog.running import POLICY, Running, all_gone, child, running, sp
 pytestmark = pytest.mark.slow
 
 
-# Times two are killed one after the other; `PKVPN_KILL_ROUNDS=200` takes a minute.
+# Times two are killed one after the other; `PKVPN_KILL_ROUNDS=200` takes a minute or two.
 KILL_ROUNDS = int(os.environ.get("PKVPN_KILL_ROUNDS", "52"))
 
 
@@ -315,6 +315,7 @@ def test_nor_one_that_has_just_been_born(tmp_path: Path) -> None:
             eventually(lambda tree=tree: tree.holders() == [])  # type: ignore[misc]
 
 
+@pytest.mark.timeout(600)
 def test_nor_does_one_whose_death_was_followed_by_the_watchdogs(tmp_path: Path) -> None:
     """Somebody kills the child first, sees it come back, and kills the watchdog: 0 to 5 ms apart,
     which is before, in and after the respawn."""
