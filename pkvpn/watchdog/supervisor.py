@@ -622,7 +622,7 @@ class Supervisor:
             alive = slot.alive
             if (
                 alive is None
-                or slot.machine.state is not State.UP
+                or not (slot.machine.state is State.UP or (slot is witness and self._is_new(slot)))
                 or max(alive.quiet_until, self._back_at) > accusation.since
                 or alive.is_silent(now)
             ):
@@ -654,6 +654,14 @@ class Supervisor:
                 "condemned", child=name, verdict=Verdict.DEAF.value, text=slot.alive.diagnosis
             )
             self._tell_machine(slot, machine.Condemned(Verdict.DEAF.value), now)
+
+    def _is_new(self, slot: Slot) -> bool:
+        """Whether it is on its way to serve for the first time, in a tree that has served.
+
+        A witness gets no further while nobody answers it: to wait until it serves would be to
+        wait for ever for those that it accuses.
+        """
+        return self._tree.ready and slot.machine.state is State.STARTING
 
     # -- deaths
 

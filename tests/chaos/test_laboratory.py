@@ -75,6 +75,14 @@ def test_a_promise_that_is_not_held_is_found(monkeypatch: pytest.MonkeyPatch) ->
         assert bed.make([fault]).violations == []
 
 
+def test_an_edge_that_does_nothing_is_found_by_a_canary_that_is_new() -> None:
+    """One that has never been answered is not up, and yet the only one who can tell."""
+    with Laboratory(1) as bed:
+        found = bed.make([FAULTS["stop-reading-edge"], FAULTS["kill-canary"]])
+        assert found.violations == []
+        assert "edge-1 deaf" in found.seen
+
+
 def test_an_account_that_is_forgotten_is_found() -> None:
     with Laboratory(1) as bed:
         assert bed.make_account()
