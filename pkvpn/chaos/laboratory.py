@@ -397,9 +397,9 @@ _SILENCING = ("watchdog_paused", "starved", "frozen", "limited", "no_processes",
 
 
 def mixture(possible: Sequence[Fault], dice: random.Random) -> list[Fault]:
-    """One to three faults that can be made on top of each other."""
+    """One to four faults that can be made on top of each other."""
     chosen: list[Fault] = []
-    for fault in dice.sample(possible, min(len(possible), dice.choice((1, 2, 2, 3, 3)))):
+    for fault in dice.sample(possible, min(len(possible), dice.choice((1, 2, 3, 4, 4)))):
         # What ends the service does so alone, and not often: each takes seconds.
         if fault.promise is Promise.ENDED:
             if not chosen and dice.random() < 0.1:
