@@ -305,7 +305,7 @@ class Edge:
         self._strangers: dict[int, None] = {}
         # Handshakes under way, the oldest first; and connections that wait to begin one.
         self._shaking: dict[int, None] = {}
-        self._unshaken: list[int] = []
+        self._unshaken: dict[int, None] = {}
         self._openssl: set[int] = set()  # connections for which it has memory
         self._short = False  # of memory
         self._not_given: set[int] = set()
@@ -1006,7 +1006,7 @@ class Edge:
             return None
         if len(self._shaking) >= _MAX_HANDSHAKES and not peer.ours:
             self._watch(peer, 0)
-            self._unshaken.append(peer.conn)
+            self._unshaken[peer.conn] = None
             return None
         peer.handshake = self._tls.begin()
         self._shaking[peer.conn] = None
@@ -1017,12 +1017,10 @@ class Edge:
         """To be called when it has succeeded or the connection is gone."""
         if conn in self._shaking:
             del self._shaking[conn]
-            while self._unshaken:
+            if self._unshaken:
                 # The newest again.
-                waiting = self._peers.get(self._unshaken.pop())
-                if waiting is not None:
-                    self._watch(waiting, select.EPOLLIN)
-                    break
+                waiting, _ = self._unshaken.popitem()
+                self._watch(self._peers[waiting], select.EPOLLIN)
 
     def _end_old_handshakes(self) -> None:
         """While others wait to begin theirs.  To be called some times a second."""
@@ -1323,6 +1321,7 @@ class Edge:
             connection.closing = why
         self._epoll_forget(peer)
         self._strangers.pop(peer.conn, None)
+        self._unshaken.pop(peer.conn, None)
         self._end_handshake(peer.conn)
         self._openssl.discard(peer.conn)
         self._not_given.discard(peer.conn)
