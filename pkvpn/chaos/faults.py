@@ -163,7 +163,7 @@ _HANGS = (
     Fault("hang-in-start", "hang", "the next core hangs before it serves", "ordered_at_birth",
           ("core", "block", 1), (f"core {START_TIMEOUT}",), ("core dead",), alone=True),
     Fault("hang-in-standby", "hang", "who stands by for the core hangs, and its turn comes",
-          "standby_hangs", ("core",), ("core dead", f"core {START_TIMEOUT}"), alone=True),
+          "standby_hangs", ("core",), ("core dead",), alone=True),
     Fault("hang-in-stop", "hang", "the core ignores that it is to be replaced",
           "ignoring_the_stop", ("core",), ("restart-asked",), ("core blocked", "core dead")),
 )  # fmt: skip

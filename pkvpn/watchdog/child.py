@@ -191,6 +191,7 @@ class Child:
             return
         gc.collect()
         gc.freeze()  # what is prepared stays; a collection while we serve need not look at it
+        self._must_say(Kind.PREPARED)
         while self.standing_by:
             self._epoll.poll()
             self._pass_on()

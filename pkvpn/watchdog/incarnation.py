@@ -64,6 +64,7 @@ class Incarnation:
         self.beats: deque[tuple[float, Beat]] = deque(maxlen=10)
         self.said = ""
         self.orders = 0
+        self.prepared = False  # of one that stands by: its turn may come
         self.condemned = ""
         self.diagnosis = ""  # why, in words
         self.quiet_until = now  # when it beat again after a silence, or was born
@@ -139,8 +140,8 @@ class Incarnation:
 
     def serve(self, number: int, kept: Kept, now: float) -> bool:
         """The turn of one that stands by has come; False: it cannot take over."""
-        if procfs.state_of(self.pid) not in _CAN_RUN:
-            return False  # somebody stopped it, and nobody would notice before its start is late
+        if not self.prepared or procfs.state_of(self.pid) not in _CAN_RUN:
+            return False  # it hangs, or was stopped: nobody would notice before its start is late
         self.number, self.started_at, self.quiet_until = number, now, now
         return kept.hand_over(self._gift_socket(), number)
 

@@ -42,6 +42,7 @@ class Kind(IntEnum):
     SAY = 3  # progress of the start, or why it failed
     ASKED = 4  # somebody sent TERM to this child: the service is to end
     DUMPED = 5  # somebody sent QUIT to this child: its stacks are written
+    PREPARED = 6  # it stands by
 
 
 class Order(IntEnum):

@@ -340,7 +340,7 @@ class Supervisor:
             self._obey_judge(slot, slot.alive.judge.expire(now), now)
         if slot.standby_at <= now:
             slot.standby_at = math.inf
-            self._fork_standby(slot, now)
+            self._expire_standby(slot, now)
 
     def _next_deadline(self, now: float) -> float:
         # Never later than the next second, so that time we were away for is seen as such.
@@ -806,6 +806,21 @@ class Supervisor:
 
     # -- successors that are there before they are needed
 
+    def _expire_standby(self, slot: Slot, now: float) -> None:
+        """One is to be forked, or the one that was is not prepared in time."""
+        standby = slot.standby
+        if standby is None:
+            self._fork_standby(slot, now)
+        elif not standby.condemned:
+            self._gather(standby)
+            slot.standby_at = now + machine.EVIDENCE_TIMEOUT
+        else:
+            self._entry(
+                "standby-failed", child=slot.name,
+                reason=f"not prepared within {slot.spec.start_timeout:g} s",
+            )  # fmt: skip
+            standby.signal(signal.SIGKILL)
+
     def _fork_standby(self, slot: Slot, now: float) -> None:
         if not slot.spec.standby or slot.standby is not None or self._tree.stopping:
             return
@@ -821,7 +836,7 @@ class Supervisor:
             self._entry("standby-failed", child=slot.name, reason=error.strerror or str(error))
             slot.standby_at = now + _STANDBY_AGAIN
             return
-        slot.standby = incarnation
+        slot.standby, slot.standby_at = incarnation, now + slot.spec.start_timeout
         self._watch(slot, incarnation)
 
     def _standby(self, slot: Slot, fresh: bool, now: float) -> Incarnation | None:
@@ -857,6 +872,9 @@ class Supervisor:
             for frame in self._read_frames(standby, now):
                 if isinstance(frame, Beat) or frame.kind is Kind.READY:
                     raise CorruptLifeline("it serves before its turn: it does not stand by")
+                if frame.kind is Kind.PREPARED:
+                    standby.prepared, standby.condemned = True, ""
+                    slot.standby_at = math.inf
                 self._on_said(slot, standby, frame.kind, frame.text, now)
         except CorruptLifeline as error:
             self._entry("standby-failed", child=slot.name, reason=str(error))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,27 @@ def test_one_that_does_not_wait_is_not_let_in(tmp_path: Path) -> None:
         assert tree.pid_of("one") == serving
         tree.signal(signal.SIGKILL, "one")
         assert tree.up("one", after=0)
+
+
+def hangs_ahead(child: Child) -> None:
+    """Hangs in what it does ahead of its turn."""
+    if child.standing_by:
+        lock = threading.Lock()
+        lock.acquire()
+        lock.acquire()  # here it hangs
+    impatient(child)
+
+
+def test_one_that_hangs_before_it_waits_is_passed_over_and_reported(tmp_path: Path) -> None:
+    with running(tmp_path, spec_in(tmp_path, one(hangs_ahead, start_timeout=1.0))) as tree:
+        eventually(lambda: tree.child("one")["standby"])
+        tree.signal(signal.SIGKILL, "one")
+        tree.up("one", after=0)
+        entry = eventually(lambda: tree.journal("standby-failed"))[0]
+        assert entry["reason"] == "not prepared within 1 s"
+        report = eventually(lambda: [r for r in tree.reports("one") if r["class"] == "blocked"])[0]
+        assert "in hangs_ahead" in report["stacks"]
+        assert tree.child("one")["restarts"] == 1
 
 
 def test_what_does_not_fit_is_not_handed_over_by_half() -> None:
