@@ -5,9 +5,9 @@ from __future__ import annotations
 import datetime as dt
 import importlib.util
 import json
-import os
 import socket
 import ssl
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -91,12 +91,31 @@ def test_quantiles_are_values_that_were_seen() -> None:
     assert common.median([3.0, 1.0, 2.0]) == 2.0
 
 
+_BUSY_THREAD = """
+import threading, time
+
+def work():
+    while time.thread_time() < 0.5:
+        pass
+    print("done", flush=True)
+    time.sleep(60)
+
+threading.Thread(target=work).start()
+"""
+
+
 def test_the_cpu_time_of_a_process_counts_its_threads() -> None:
-    pid = os.getpid()
-    seconds, times = common.schedstat(pid)
-    assert times > 0
-    assert abs(seconds - common.cpu_seconds(pid)) < max(0.5, seconds / 10)
-    assert common.memory(pid)["uss"] <= common.memory(pid)["rss"]
+    with subprocess.Popen([sys.executable, "-c", _BUSY_THREAD], stdout=subprocess.PIPE) as busy:
+        try:
+            assert busy.stdout is not None
+            assert busy.stdout.readline() == b"done\n"
+            seconds, times = common.schedstat(busy.pid)
+            assert times > 0
+            assert seconds >= 0.5
+            assert abs(seconds - common.cpu_seconds(busy.pid)) < seconds / 10
+            assert common.memory(busy.pid)["uss"] <= common.memory(busy.pid)["rss"]
+        finally:
+            busy.kill()
 
 
 def test_every_action_has_its_share_of_the_rounds() -> None:
