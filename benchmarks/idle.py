@@ -28,6 +28,16 @@ from benchmarks.servers import Ours, SoftEther
 STATUS_ROUNDS = 10
 
 
+# What the beats of five processes cost on this machine whatever is done in them: one process that
+# wakes up at the moments of the beats and goes back to sleep.
+BARE = """
+import select, time
+nothing = select.epoll()
+while True:
+    nothing.poll(0.2 - time.monotonic() % 0.2)
+"""
+
+
 def main() -> None:
     made = common.parser(__doc__)
     made.add_argument("--seconds", type=float, default=60.0, help="of idling (60)")
@@ -155,14 +165,18 @@ def idle(result: common.Result, args: argparse.Namespace, directory: Path) -> No
     ours.service.configure('listen = ["127.0.0.1:18888"]\n')
     ours.start()
     softether.start()
+    bare = subprocess.Popen([sys.executable, "-c", BARE])
     try:
         time.sleep(min(5.0, args.seconds))  # what a start leaves to do is done
         named = ours.named_pids()
         for pid in common.descendants(named["watchdog"]):
             if pid not in named.values():  # a successor that was forked ahead
                 named[common.command_line(pid).partition(": ")[2]] = pid
+        wakers = {"one": bare.pid}
         theirs = {f"process {i + 1}": pid for i, pid in enumerate(softether.pids())}
-        before = {pid: common.schedstat(pid) for pid in (*named.values(), *theirs.values())}
+        before = {
+            pid: common.schedstat(pid) for pid in (*named.values(), *theirs.values(), bare.pid)
+        }
         began = time.monotonic()
         time.sleep(args.seconds)
         wall = time.monotonic() - began
@@ -175,12 +189,14 @@ def idle(result: common.Result, args: argparse.Namespace, directory: Path) -> No
                 }
                 for name, pid in pids.items()
             }
-            for server, pids in (("pkvpn", named), ("SoftEther", theirs))
+            for server, pids in (("pkvpn", named), ("SoftEther", theirs), ("bare", wakers))
         }
         assert ours.named_pids().items() <= named.items(), (
             "a child was replaced while nothing happened"
         )
     finally:
+        bare.kill()
+        bare.wait()
         softether.stop()
         ours.stop()
     result.raw["idle"] = found
@@ -198,6 +214,8 @@ def idle(result: common.Result, args: argparse.Namespace, directory: Path) -> No
         row(result, f"idle: {unit}", total("pkvpn", what), total("SoftEther", what))
         for name, process in found["pkvpn"].items():
             row(result, f"idle: {unit}: {name}", process[what])
+    row(result, "idle: CPU, % of one core, of five bare ones that wake as often",
+        5 * found["bare"]["one"]["cpu_percent"])  # fmt: skip
     row(result, "idle: private memory of the watchdog, MiB",
         memory("pkvpn", "watchdog"), memory("SoftEther", "process 1"))  # fmt: skip
     for name in named:
