@@ -64,6 +64,8 @@ _READS = 16
 # after another has ended by itself.
 _STANDBY_AFTER = 0.25
 _STANDBY_AGAIN = 5.0
+# More descriptors than this reach a successor sooner by a fork than one by one.
+_HAND_OVER_MOST = 2000
 # What of ours lies in the runtime directory; where it cannot be made again, the next try is later.
 _CONTROL_NAME = "control.sock"
 _OWN_NAMES = (instance.LOCK_NAME, instance.PID_NAME, _CONTROL_NAME)
@@ -844,7 +846,12 @@ class Supervisor:
 
         ``fresh``: another address layout is wanted, and it has that of the one that died."""
         standby = slot.standby
-        if standby is None or fresh or not standby.serve(slot.number, slot.kept, now):
+        if (
+            standby is None
+            or fresh
+            or len(slot.kept.descriptors) > _HAND_OVER_MOST
+            or not standby.serve(slot.number, slot.kept, now)
+        ):
             self._dismiss_standby(slot, now)
             return None
         slot.standby = None
