@@ -112,10 +112,12 @@ def _children(directory: str) -> list[dict[str, Any]]:
 def _settled(directory: str, descriptors: int, standby: bool) -> bool:
     """Everything is given, and who is to stand by does."""
     hoarder, good = (c for c in _children(directory) if c["name"] in ("hoarder", "good"))
-    waits = all(
-        one["standby"] and procfs.state_of(one["standby"]) == "S" for one in (hoarder, good)
+    if standby and not good["standby"]:
+        return False
+    asleep = all(
+        procfs.state_of(one["standby"]) == "S" for one in (hoarder, good) if one["standby"]
     )
-    return bool(hoarder["kept"] == descriptors and (waits or not standby))
+    return bool(hoarder["kept"] == descriptors and asleep)
 
 
 def measure(descriptors: int, rounds: int, *, standby: bool) -> dict[str, list[float]]:

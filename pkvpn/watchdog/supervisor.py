@@ -762,11 +762,14 @@ class Supervisor:
             try:
                 incarnation.spawn(lambda ends: self._birth(slot, ends), fresh=fresh)
             except OSError as error:
+                self._dismiss_standby(slot, now)
                 reason = error.strerror or str(error)
                 self._entry("spawn-failed", child=slot.name, reason=reason)
                 self._tell_machine(slot, machine.SpawnFailed(reason), now)
                 return
             self._watch(slot, incarnation)
+            # Not before: the end of a process that shares our memory delays a fork.
+            self._dismiss_standby(slot, now)
         slot.alive, slot.facts = incarnation, None
         self._tell_machine(slot, machine.Spawned(incarnation.pid), now)
 
@@ -826,8 +829,9 @@ class Supervisor:
     def _fork_standby(self, slot: Slot, now: float) -> None:
         if not slot.spec.standby or slot.standby is not None or self._tree.stopping:
             return
-        if not self._rollover.done:
-            slot.standby_at = now + _STANDBY_AFTER  # what is up is still of the code before
+        if not self._rollover.done or len(slot.kept.descriptors) > _HAND_OVER_MOST:
+            # What is up is still of the code before, or more is given than one could take over.
+            slot.standby_at = now + _STANDBY_AGAIN
             return
         if slot.machine.state is not State.UP:
             return  # as soon as it is
@@ -852,7 +856,6 @@ class Supervisor:
             or len(slot.kept.descriptors) > _HAND_OVER_MOST
             or not standby.serve(slot.number, slot.kept, now)
         ):
-            self._dismiss_standby(slot, now)
             return None
         slot.standby = None
         return standby
