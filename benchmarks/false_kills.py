@@ -95,7 +95,9 @@ class Tree:
 
 
 def spin() -> None:
-    """One hog, of the same priority as the tree."""
+    """One hog, of the same priority as the tree, in a session of its own as each child is: where
+    the kernel shares by sessions, all of one session get no more than one child."""
+    os.setsid()
     while True:
         pass
 

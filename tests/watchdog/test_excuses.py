@@ -229,7 +229,12 @@ def test_one_whose_core_is_being_dumped_is_waited_for(tmp_path: Path) -> None:
 def hogs(number: int, processor: int) -> Iterator[None]:
     """So many programs that want one processor, and get it in turns."""
     line = f"import os; os.sched_setaffinity(0, {{{processor}}})\nwhile True: pass"
-    programs = [subprocess.Popen([sys.executable, "-c", line]) for _ in range(number)]
+    # Each in a session of its own, as a child is: where the kernel shares by sessions, all of one
+    # session get no more than one child.
+    programs = [
+        subprocess.Popen([sys.executable, "-c", line], start_new_session=True)
+        for _ in range(number)
+    ]
     try:
         yield
     finally:
