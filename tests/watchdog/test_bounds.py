@@ -122,6 +122,7 @@ def test_what_is_given_comes_to_the_successor_until_it_is_dropped(tmp_path: Path
             eventually(lambda: tree.child("giver")["state"] == "up")
             tree.signal(signal.SIGKILL, "giver")
             tree.up("giver", after=restarts)
+        eventually(lambda: len(tree.reports("giver")) == 2)  # the log child takes its time
         said = [one.get("said", "") for one in reversed(tree.reports("giver"))]
         assert said == ["", "refused [(b'k6', 'at most 4 are kept')]"]
         found = tree.child("giver")
