@@ -30,9 +30,15 @@ def bed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bed]:
 
 
 @pytest.fixture
-def service(tmp_path: Path) -> Iterator[Service]:
-    """A server on the loopback with the hub T and the user u1, for clients of our own."""
-    made = Service(tmp_path / "service", LOOPBACK_CONFIG)
+def service_config() -> str:
+    """The configuration of `service`; a module may have its own."""
+    return LOOPBACK_CONFIG
+
+
+@pytest.fixture
+def service(tmp_path: Path, service_config: str) -> Iterator[Service]:
+    """A server on the loopback with the hub T and two users, for clients of our own."""
+    made = Service(tmp_path / "service", service_config)
     try:
         made.start()
         made.add_hub("T", u1="pw1", u2="pw2")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -25,14 +24,8 @@ SECONDS = 8.0
 
 
 @pytest.fixture
-def service(tmp_path: Path) -> Iterator[Service]:
-    made = Service(tmp_path / "service", CONFIG)
-    try:
-        made.start()
-        made.add_hub("T", u1="pw1", u2="pw2")
-        yield made
-    finally:
-        made.stop()
+def service_config() -> str:
+    return CONFIG
 
 
 def memory(service: Service) -> int:
