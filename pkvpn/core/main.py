@@ -53,6 +53,7 @@ from pkvpn.core.link import Link
 from pkvpn.core.login import CANARY_HUB, CANARY_HUB_ID, RANDOM_SIZE, LoginDesk, Outcome, address_key
 from pkvpn.core.poison import QUARANTINE, Mark, Quarantine
 from pkvpn.core.poison import SIZE as MARK_SIZE
+from pkvpn.core.rehearsal import rehearse
 from pkvpn.core.session import WEEK, Session, SessionKeys, Sessions
 from pkvpn.core.settings import CoreSettings
 from pkvpn.core.store import Store, StoreError, session_secret
@@ -174,16 +175,12 @@ class Core:
             Link(index + 1, fds[2 * index], fds[2 * index + 1]) for index in range(len(fds) // 2)
         ]
         self._selector = selectors.DefaultSelector()
-        self._wanted: dict[Any, int] = {}
+        self._tick_at = self._ageing_at = now
 
     # --- life
 
     def run(self) -> None:
         """Until the watchdog asks for the end."""
-        now = time.monotonic()
-        self._reconcile(now)
-        for why in self._settings.refused_bridges().values():
-            _log.error("refused: %s", why)
         listener = os.dup(self._child.held("admin")[0])
         control = Control(self._store, live_in_loop(self, self._calls), self._accounts)
         duty = self._child.duty("store")
@@ -205,54 +202,68 @@ class Core:
         thread = StoreThread(
             self._store, control, lambda selector: ControlServer(listener, selector, answer)
         )
-        thread.start()
         try:
-            self._selector.register(self._child, selectors.EVENT_READ, self._take_orders)
-            self._selector.register(self._calls, selectors.EVENT_READ, self._take_calls)
-            for link in self._links:
-                self._selector.register(link.control, selectors.EVENT_READ, self._control_of(link))
-                self._selector.register(link.frames, selectors.EVENT_READ, self._frames_of(link))
-                link.greet(self._epoch)
-                self._flush(link)
+            self.begin()
             self._child.ready()
-            self._loop()
+            while not self._child.stopping:
+                # Operators wait for clients: two threads take turns of milliseconds.
+                if self._serving and not thread.ident:
+                    thread.start()
+                self.turn()
         finally:
-            thread.ask_to_end()
-            # It may be waiting for something that only this loop can do.
-            deadline = time.monotonic() + _END_TIMEOUT
-            while thread.is_alive() and time.monotonic() < deadline:
-                self._calls.run()
-                thread.join(0.01)
-            self._selector.close()
-            self._calls.close()
-            self._mark.close()
-            self._quarantine.close()
-            for link in self._links:
-                link.close()
+            if thread.ident:
+                thread.ask_to_end()
+                # It may be waiting for something that only this loop can do.
+                deadline = time.monotonic() + _END_TIMEOUT
+                while thread.is_alive() and time.monotonic() < deadline:
+                    self._calls.run()
+                    thread.join(0.01)
+            self.close()
 
-    def _loop(self) -> None:
-        tick_at = ageing_at = time.monotonic()
-        while not self._child.stopping:
-            now = time.monotonic()
-            if now >= tick_at:
-                self._tick(now)
-                tick_at = next_moment(now, _TICK)
-                if now >= ageing_at:
-                    self._age(now)
-                    ageing_at = now + _AGEING_TICK
-                self._flush_all()
-            timeout = min(self._child.turn(now), tick_at - now)
-            if not self._serving:
-                timeout = min(timeout, 0.05)
-            events = self._selector.select(max(0.0, timeout))
-            now = time.monotonic()
-            for key, mask in events:
-                if mask & selectors.EVENT_READ:
-                    key.data(now)
-            if not self._serving:
-                self._begin_to_serve(now)
-            if events:
-                self._flush_all()
+    def begin(self) -> None:
+        """Greet the edges."""
+        self._reconcile(time.monotonic())
+        for why in self._settings.refused_bridges().values():
+            _log.error("refused: %s", why)
+        self._selector.register(self._child, selectors.EVENT_READ, self._take_orders)
+        self._selector.register(self._calls, selectors.EVENT_READ, self._take_calls)
+        for link in self._links:
+            self._selector.register(link.control, selectors.EVENT_READ, self._control_of(link))
+            self._selector.register(link.frames, selectors.EVENT_READ, self._frames_of(link))
+            link.greet(self._epoch)
+            self._flush(link)
+
+    def turn(self) -> None:
+        """Wait for something to do, or for the next beat, and do it."""
+        now = time.monotonic()
+        if now >= self._tick_at:
+            self._tick(now)
+            self._tick_at = next_moment(now, _TICK)
+            if now >= self._ageing_at:
+                self._age(now)
+                self._ageing_at = now + _AGEING_TICK
+            self._flush_all()
+        timeout = min(self._child.turn(now), self._tick_at - now)
+        if not self._serving:
+            timeout = min(timeout, 0.05)
+        events = self._selector.select(max(0.0, timeout))
+        now = time.monotonic()
+        for key, mask in events:
+            if mask & selectors.EVENT_READ:
+                key.data(now)
+        if not self._serving:
+            self._begin_to_serve(now)
+        if events:
+            self._flush_all()
+
+    def close(self) -> None:
+        """Give back what is ours; what is held for us stays open."""
+        self._selector.close()
+        self._calls.close()
+        self._mark.close()
+        self._quarantine.close()
+        for link in self._links:
+            link.close()
 
     def _take_orders(self, _now: float) -> None:
         self._child.receive()
@@ -1040,6 +1051,8 @@ def main(child: Child, settings: CoreSettings) -> None:
         store = Store(settings.state_dir)
         keys = SessionKeys(session_secret(settings.state_dir))
         accounts = store.load()
+        if child.standing_by:
+            rehearse(child, lambda staged, played: Core(staged, settings, store, played, keys))
         child.stand_by()
         if store.changed_by_others():
             accounts = store.load()

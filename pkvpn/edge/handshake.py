@@ -102,24 +102,6 @@ class HandshakeServer:
         assert self._context is not None
         return Handshake(self._context, self._key_log, self._shown)
 
-    def rehearse(self) -> None:
-        """Shake hands with ourselves: the first time costs milliseconds, whoever it is with."""
-        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-        client = context.wrap_bio(incoming, outgoing)
-        server = self.begin()
-        while not server.done:
-            try:
-                client.do_handshake()
-            except ssl.SSLWantReadError:
-                pass
-            incoming.write(server.feed(outgoing.read()))
-        secrets = server.secrets()
-        assert secrets is not None  # it is ourselves
-        tls_records.Sealer(secrets.suite, secrets.write).seal_bytes(b"rehearsal")
-
     def close(self) -> None:
         if self._context is not None:
             # Closes OpenSSL's file.

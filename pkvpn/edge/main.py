@@ -26,7 +26,7 @@ import socket
 import time
 from collections import Counter, deque
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ from pkvpn.edge.handshake import (
     HandshakeServer,
     OpenSSLRecords,
 )
+from pkvpn.edge.rehearsal import rehearse
 from pkvpn.edge.rings import Ring
 from pkvpn.edge.tls_records import Alert, Opener, Sealer, TLSError
 from pkvpn.watchdog.child import Child, next_moment
@@ -122,6 +123,9 @@ _LINGER = 2.0
 _STOP_TIMEOUT = 3.0
 # A request of a client is answered by the core within this, or the client gives up first.
 _ANSWER_TIMEOUT = 60.0
+
+# The connections of a rehearsal.
+_REHEARSED = 4
 
 _F_ADD_SEALS, _F_SEAL_SHRINK, _F_SEAL_GROW = 1033, 2, 4
 
@@ -225,7 +229,8 @@ def main(child: Child, settings: EdgeSettings) -> None:
     tls = HandshakeServer(settings.certificate, settings.key)
     if child.standing_by:
         load_certificate(child, settings, tls)
-        tls.rehearse()
+        small = replace(settings, max_connections=_REHEARSED, max_per_address=0, memory_max=0)
+        rehearse(child, lambda staged: Edge(staged, small, tls))
     child.stand_by()
     edge = Edge(child, settings, tls)
     try:
@@ -237,6 +242,7 @@ def main(child: Child, settings: EdgeSettings) -> None:
         edge.run()
     finally:
         edge.close()
+        tls.close()
 
 
 def load_certificate(child: Child, settings: EdgeSettings, tls: HandshakeServer) -> None:
@@ -346,7 +352,7 @@ class Edge:
             sock.close()
         for sock in (self._control, self._frames, *self._listeners.values()):
             sock.detach()
-        self._tls.close()
+        fcntl.flock(self._lock, fcntl.LOCK_UN)  # the mapping has the same open file
         os.close(self._lock)
 
     # --- start ------------------------------------------------------------------------------------

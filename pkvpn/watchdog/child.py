@@ -23,8 +23,9 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 from multiprocess import spawn
@@ -134,7 +135,6 @@ class Child:
         self._epoll = select.epoll()
         for fd in (birth.down, birth.gifts, self._wake_read):
             self._epoll.register(fd, select.EPOLLIN)
-        self._take_signals()
 
     # -- what the watchdog holds for us
 
@@ -179,6 +179,37 @@ class Child:
         return refusals
 
     # -- what a target with a standby calls
+
+    @contextmanager
+    def stage(
+        self, held: dict[str, list[int]], given: dict[bytes, int]
+    ) -> Iterator[tuple[Child, socket.socket]]:
+        """A child as we shall be one, to rehearse with before `stand_by`, and the other end of
+        its gift socket.
+
+        What a process does for the first time costs it milliseconds, most of them page faults of
+        code and memory that it shared until then.  On a stage nobody waits for it, and nobody
+        hears what is said.  ``held`` and ``given``: of the stage, and the caller's to close.
+        """
+        pipes = [os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC) for _ in range(3)]
+        (_, up), (down, _), wake = pipes
+        ours, theirs = socket.socketpair(
+            socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+        )
+        birth = replace(
+            self._birth, up=up, down=down, wake=wake, gifts=theirs.detach(), standby=False,
+            held=held, given=given,
+        )  # fmt: skip
+        staged = Child(birth)
+        try:
+            yield staged, ours
+        finally:
+            staged._epoll.close()
+            staged._gifts.close()
+            ours.close()
+            for pipe in pipes:
+                for fd in pipe:
+                    os.close(fd)
 
     def stand_by(self) -> None:
         """Wait for our turn; to be called when all is done that can be done ahead of it.
@@ -265,7 +296,7 @@ class Child:
 
     # -- inside
 
-    def _take_signals(self) -> None:
+    def take_signals(self) -> None:
         """TERM and INT ask for the end of the service, QUIT for our stacks, HUP is nobody's."""
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -392,6 +423,7 @@ def run_child(birth: Birth) -> NoReturn:
     faulthandler.enable(birth.stacks, all_threads=True)
     _route_logging(birth)
     child = Child(birth)
+    child.take_signals()
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     code = 1
     try:
