@@ -800,8 +800,12 @@ class Connection:
         self._touch()
 
     def _touch(self) -> None:
+        """To be called between a write into the send ring and the `save` that puts it in force."""
         if not self.touched:
             self.touched = True
+            if self.slot is not None:
+                # A successor that finds it in force sends it at once: no event would say so.
+                self.slot.set_dirty(True)
             self._turn.touched.append(self)
 
     def apply(self, state: State, now: float) -> bool:

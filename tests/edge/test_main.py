@@ -686,6 +686,22 @@ def test_what_was_sent_while_no_edge_lived_is_read_by_the_next(tree: FakeTree) -
     idle.close()
 
 
+def test_what_a_dead_edge_had_not_sent_yet_is_sent_by_the_next(tree: FakeTree) -> None:
+    # Without a time-out there are no keep-alives, which would send what lies there with them.
+    client = Client(tree, buffer=4096).login(timeout=0.0)
+    # More than its kernel and its ring have room for.
+    blocks = channel.join_blocks([frame(A, B, 1400)] * 40)
+    for _ in range(200):
+        tree.core.say(channel.FramesOut((client.conn,), blocks))
+    counts = tree.core.wait_for(channel.Counts)
+    while counts.frames_out + sum(counts.drops) < 8000:
+        counts = tree.core.wait_for(channel.Counts)
+    assert any(counts.drops)
+    tree.kill()
+    tree.start()
+    assert client.read_frames(counts.frames_out) == [frame(A, B, 1400)] * counts.frames_out
+
+
 def test_a_request_in_the_hands_of_a_dead_edge_is_asked_again(tree: FakeTree) -> None:
     client = Client(tree)
     client.sock.sendall(REQUEST)
