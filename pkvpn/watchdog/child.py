@@ -56,6 +56,8 @@ _MAX_HANDED = 1 + HANDED_AT_ONCE * (1 + MAX_KEY)
 
 # As plain numbers and made once: the enumeration costs half a millisecond of each respawn.
 ALL_SIGNALS = frozenset(map(int, signal.valid_signals()))
+# They ask for the end of the service.
+END_SIGNALS = frozenset({int(signal.SIGTERM), int(signal.SIGINT)})
 # A write to what is gone, or over a limit, is an error where it happens, and no signal.
 _IGNORED = {int(signal.SIGPIPE), int(signal.SIGXFSZ)}
 _RESET = [
@@ -241,7 +243,14 @@ class Child:
         # A TERM stays in the pipe until it is passed on: if we never get there, the watchdog
         # finds it when we are dead.
         if self._passed_on or not self._asked:
-            self._read_quietly(self._wake_read)
+            signals = self._read_quietly(self._wake_read) or b""
+            if not END_SIGNALS.isdisjoint(signals) and not self._passed_on:
+                # It has come just now: our handler runs a moment later, and the orders that are
+                # read below may be the last ones.
+                self._asked = True
+                self._pass_on()
+                if not self._passed_on:
+                    os.write(self._wake_write, signals)
         self._read_gifts()
         data = self._read_quietly(self._birth.down)
         if data == b"":  # end of file: nobody is left above us
@@ -299,7 +308,7 @@ class Child:
     def take_signals(self) -> None:
         """TERM and INT ask for the end of the service, QUIT for our stacks, HUP is nobody's."""
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in END_SIGNALS:
             signal.signal(number, self._on_term)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.signal(signal.SIGQUIT, self._on_quit)
@@ -316,7 +325,8 @@ class Child:
 
     def _pass_on(self) -> None:
         """Tell the watchdog what somebody else's signals asked of us."""
-        if self._asked and not self.stopping:
+        # Who makes way says it too: it is the whole service that is to end, not only we.
+        if self._asked and (self.yielding or not self.stopping):
             self._passed_on |= self._say(lifeline.encode_said(Kind.ASKED, self._seq))
         if self._dumped:
             self._dumped = not self._say(lifeline.encode_said(Kind.DUMPED, self._seq))

@@ -23,7 +23,7 @@ import multiprocess.connection  # noqa: F401 - else by the first join, when it m
 from multiprocess import context as multiprocess_context
 
 from pkvpn.watchdog import machine, procfs, upgrade
-from pkvpn.watchdog.child import ALL_SIGNALS, Birth, exec_child, run_child
+from pkvpn.watchdog.child import ALL_SIGNALS, END_SIGNALS, Birth, exec_child, run_child
 from pkvpn.watchdog.held import Kept
 from pkvpn.watchdog.lifeline import LifelineDecoder, Order, encode_order
 from pkvpn.watchdog.spec import ChildSpec
@@ -34,7 +34,6 @@ _fork = multiprocess_context.ForkContext()
 
 # After these the memory of the child is not to be trusted: the next one starts by exec.
 WILD_SIGNALS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGABRT, signal.SIGSYS}
-_END_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 
 _MAX_STACKS = 64 * 1024
 # Of /proc: running, or asleep and to be woken.
@@ -202,7 +201,7 @@ class Incarnation:
         To be called when it is dead: before, it reads for itself.
         """
         try:
-            return bool(_END_SIGNALS.intersection(os.read(self.wake, 4096)))
+            return bool(END_SIGNALS.intersection(os.read(self.wake, 4096)))
         except OSError:
             return False
 
