@@ -88,6 +88,7 @@ class Incarnation:
         # Our ends.  ``wake`` is the child's own: what its signal handlers wrote and its loop
         # has not read yet, for us to read when it cannot any more.
         self.up = self.down = self.stacks = self.wake = self.gifts = -1
+        self._signals: set[int] = set()
         self._gifts: socket.socket | None = None
 
     def spawn(self, birth: Callable[[ChildEnds], Birth], *, fresh: bool) -> None:
@@ -195,15 +196,18 @@ class Incarnation:
         os.ftruncate(self.stacks, 0)
         os.lseek(self.stacks, 0, os.SEEK_SET)
 
-    def was_asked_to_end(self) -> bool:
-        """Whether it got a TERM that it could not pass on any more.
+    def read_signals(self) -> set[int]:
+        """Those that it got and has not read of itself.
 
-        To be called when it is dead: before, it reads for itself.
+        To be called when it is condemned or dead: before, it reads for itself.
         """
-        try:
-            return bool(END_SIGNALS.intersection(os.read(self.wake, 4096)))
-        except OSError:
-            return False
+        with contextlib.suppress(OSError):
+            self._signals.update(os.read(self.wake, 4096))
+        return self._signals
+
+    def was_asked_to_end(self) -> bool:
+        """Whether it got a TERM that it could not pass on any more; see `read_signals`."""
+        return bool(END_SIGNALS & self.read_signals())
 
     def how_it_ended(self) -> machine.Gone:
         """To be called when the pidfd says that it has ended; it is reaped later, by `reap`.

@@ -117,11 +117,19 @@ class Condemned:
 
 
 @dataclass(frozen=True)
+class Gathered:
+    """It has written its stacks: there is nothing left to wait for."""
+
+
+@dataclass(frozen=True)
 class Due:
     """The machine's own deadline has come."""
 
 
-Event = Start | Dismiss | Stop | Replace | Spawned | SpawnFailed | Ready | Gone | Condemned | Due
+Event = (
+    Start | Dismiss | Stop | Replace | Spawned | SpawnFailed | Ready | Gone | Condemned | Gathered
+    | Due
+)  # fmt: skip
 
 
 # --- commands -----------------------------------------------------------------------------
@@ -170,7 +178,7 @@ class GiveUp:
 
 Command = Spawn | Ask | Gather | Kill | Announce | ReportDeath | GiveUp
 
-# How long a child gets to write its stacks before it is killed.  50 ms is ten times what
+# How long a child gets at most to write its stacks before it is killed.  50 ms is ten times what
 # faulthandler takes for 100 threads, and one third of what a hang may cost on top of its deadline.
 EVIDENCE_TIMEOUT = 0.05
 # A killed process that is still there after this is in the kernel's hands (D state, frozen):
@@ -315,12 +323,14 @@ class ChildMachine:
             self.phase = Phase.EVIDENCE
             self._deadline = now + EVIDENCE_TIMEOUT
             return [Gather()]
-        self._deadline = now + UNDEAD_TIMEOUT
         if self.phase is Phase.EVIDENCE:
-            self.phase = Phase.KILLED
-            return [Kill()]
+            return self._kill(now)
+        self._deadline = now + UNDEAD_TIMEOUT
         self.undead = True
         return [Kill(), Announce("killed, and still there: no successor until it is gone")]
+
+    def _gathered(self, event: Event, now: float, lot: float) -> list[Command]:
+        return self._kill(now) if self.phase is Phase.EVIDENCE else []
 
     def _died(self, event: Event, now: float, lot: float) -> list[Command]:
         assert isinstance(event, Gone)
@@ -374,6 +384,10 @@ class ChildMachine:
             return self._go_stopping(why, Phase.EVIDENCE, now + EVIDENCE_TIMEOUT, Gather())
         return self._go_stopping(why, Phase.KILLED, now + UNDEAD_TIMEOUT, Gather(), Kill())
 
+    def _kill(self, now: float) -> list[Command]:
+        self.phase, self._deadline = Phase.KILLED, now + UNDEAD_TIMEOUT
+        return [Kill()]
+
     def _go_down(self, report: list[Command]) -> list[Command]:
         self.state = State.DOWN
         self._deadline = None
@@ -411,19 +425,20 @@ _up, _down, _off = _M._want_up, _M._want_down, _M._cancel
 _late, _give, _kill = _M._start_timeout, _M._condemn, _M._next_phase
 _ask, _over, _swap = _M._ask, _M._ask_again, _M._replace
 _none, _back, _gone = _M._spawn_failed, _M._respawn, _M._gone
+_seen = _M._gathered
 
 # One row a state, one column an event.
 # fmt: off
 _COLUMNS: tuple[type[Event], ...] = (
-                    Start, Dismiss, Stop,  Replace, Spawned, SpawnFailed, Ready,  Gone,  Condemned, Due)  # noqa: E501
+                    Start, Dismiss, Stop,  Replace, Spawned, SpawnFailed, Ready,  Gone,  Condemned, Gathered, Due)  # noqa: E501
 _ROWS: dict[State, tuple[Cell, ...]] = {
-    State.DOWN:     (_new, _fine,   _fine, _new,    _no,     _no,         _no,    _no,   _no,       _no),  # noqa: E501
-    State.STARTING: (_up,  _down,   _ask,  _swap,   _fine,   _none,       _ready, _died, _give,     _late),  # noqa: E501
-    State.UP:       (_up,  _down,   _ask,  _swap,   _no,     _no,         _fine,  _died, _give,     _no),  # noqa: E501
-    State.STOPPING: (_up,  _down,   _over, _up,     _no,     _no,         _fine,  _gone, _fine,     _kill),  # noqa: E501
-    State.BACKOFF:  (_new, _off,    _off,  _new,    _no,     _no,         _no,    _no,   _no,       _back),  # noqa: E501
-    State.FAILING:  (_new, _off,    _off,  _new,    _no,     _no,         _no,    _no,   _no,       _back),  # noqa: E501
-    State.FAILED:   (_new, _off,    _off,  _new,    _no,     _no,         _no,    _no,   _no,       _no),  # noqa: E501
+    State.DOWN:     (_new, _fine,   _fine, _new,    _no,     _no,         _no,    _no,   _no,       _no,      _no),  # noqa: E501
+    State.STARTING: (_up,  _down,   _ask,  _swap,   _fine,   _none,       _ready, _died, _give,     _no,      _late),  # noqa: E501
+    State.UP:       (_up,  _down,   _ask,  _swap,   _no,     _no,         _fine,  _died, _give,     _no,      _no),  # noqa: E501
+    State.STOPPING: (_up,  _down,   _over, _up,     _no,     _no,         _fine,  _gone, _fine,     _seen,    _kill),  # noqa: E501
+    State.BACKOFF:  (_new, _off,    _off,  _new,    _no,     _no,         _no,    _no,   _no,       _no,      _back),  # noqa: E501
+    State.FAILING:  (_new, _off,    _off,  _new,    _no,     _no,         _no,    _no,   _no,       _no,      _back),  # noqa: E501
+    State.FAILED:   (_new, _off,    _off,  _new,    _no,     _no,         _no,    _no,   _no,       _no,      _no),  # noqa: E501
 }
 # fmt: on
 TABLE: dict[State, dict[type[Event], Cell]] = {

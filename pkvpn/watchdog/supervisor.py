@@ -81,7 +81,7 @@ _TRIAL_TIMEOUT = 30.0
 _PR_SET_CHILD_SUBREAPER = 36
 _LOG_BUFFER = 1 << 20
 # In which order the events of one turn are handled.
-_SIGNALS, _LIFELINES, _DEATHS, _TRIAL, _CONTROL, _HOME = range(6)
+_SIGNALS, _LIFELINES, _DEATHS, _EVIDENCE, _TRIAL, _CONTROL, _HOME = range(7)
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -289,6 +289,8 @@ class Supervisor:
             return  # gone earlier in this very turn
         elif priority == _LIFELINES:
             self._contain(slot, lambda: self._read_lifeline(slot, now), now)
+        elif priority == _EVIDENCE:
+            self._contain(slot, lambda: self._read_evidence(slot, incarnation, now), now)
         else:
             self._on_death(slot, now)
 
@@ -730,6 +732,9 @@ class Supervisor:
                 slot.alive.order(Order.YIELD if command.yielding else Order.STOP)
             elif isinstance(command, machine.Gather) and slot.alive is not None:
                 self._gather(slot.alive)
+                # Its handler writes there when it is done with the stacks, loop or no loop.
+                data = (_EVIDENCE, slot, slot.alive)
+                self._selector.register(slot.alive.wake, selectors.EVENT_READ, data)
             elif isinstance(command, machine.Kill) and slot.alive is not None:
                 slot.alive.signal(signal.SIGKILL)
             elif isinstance(command, machine.ReportDeath):
@@ -751,8 +756,14 @@ class Supervisor:
         incarnation.snapshot = procfs.snapshot_text(incarnation.pid)
         if not incarnation.condemned:
             incarnation.condemned = glance(procfs.read_facts(incarnation.pid)).value
+        incarnation.read_signals().discard(signal.SIGQUIT)  # of somebody else, before
         incarnation.signal(signal.SIGQUIT)
         incarnation.signal(signal.SIGCONT)
+
+    def _read_evidence(self, slot: Slot, incarnation: Incarnation, now: float) -> None:
+        if signal.SIGQUIT in incarnation.read_signals():
+            self._selector.unregister(incarnation.wake)
+            self._tell_machine(slot, machine.Gathered(), now)
 
     def _spawn(self, slot: Slot, fresh: bool, now: float) -> None:
         slot.number += 1
@@ -805,7 +816,7 @@ class Supervisor:
         self._selector.register(incarnation.pidfd, selectors.EVENT_READ, (_DEATHS, *data))
 
     def _unwatch(self, incarnation: Incarnation) -> None:
-        for fd in (incarnation.up, incarnation.pidfd):
+        for fd in (incarnation.up, incarnation.pidfd, incarnation.wake):
             with contextlib.suppress(KeyError):
                 self._selector.unregister(fd)
 

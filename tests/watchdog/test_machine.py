@@ -22,6 +22,7 @@ from pkvpn.watchdog.machine import (
     Due,
     Event,
     Gather,
+    Gathered,
     GiveUp,
     Gone,
     ImpossibleEvent,
@@ -134,6 +135,7 @@ EVENTS: dict[str, Event] = {
     "crash": CRASH,
     "clean": CLEAN,
     "condemned": Condemned("blocked"),
+    "gathered": Gathered(),
     "due": Due(),
 }
 A = Announce()
@@ -173,6 +175,7 @@ CELLS: dict[tuple[State, str], tuple[State, bool, list[Command]]] = {
     (State.STOPPING, "crash"): (State.DOWN, False, [ReportDeath(), A]),
     (State.STOPPING, "clean"): (State.DOWN, False, [A]),
     (State.STOPPING, "condemned"): (State.STOPPING, False, []),
+    (State.STOPPING, "gathered"): (State.STOPPING, False, []),  # nobody has asked for it yet
     (State.STOPPING, "due"): (State.STOPPING, False, [Gather()]),
     (State.BACKOFF, "start"): (State.STARTING, True, [Spawn(), A]),
     (State.BACKOFF, "dismiss"): (State.DOWN, False, [A]),
@@ -224,6 +227,15 @@ def test_a_hang_is_evidence_then_kill_then_a_successor_with_the_reason() -> None
     assert machine.expire(20.0 + EVIDENCE_TIMEOUT) == [Kill()]
     assert told(machine, (CRASH, 20.1)) == [Spawn(), A, ReportDeath()]
     assert (machine.state, machine.why, machine.restarts) == (State.STARTING, Why.HANG, 1)
+
+
+def test_evidence_that_has_come_is_not_waited_for() -> None:
+    machine = up()
+    told(machine, (Condemned("blocked"), 20.0))
+    assert told(machine, (Gathered(), 20.001)) == [Kill()]
+    assert machine.next_deadline() == 20.001 + UNDEAD_TIMEOUT
+    assert told(machine, (Gathered(), 20.002)) == []  # it is being killed already
+    assert not machine.undead
 
 
 def test_one_that_cannot_write_its_stacks_is_killed_without_waiting() -> None:
@@ -487,6 +499,11 @@ class LifeOfAChild(RuleBasedStateMachine):
     @rule()
     def is_condemned(self) -> None:
         self.tell(Condemned("deaf"))
+
+    @precondition(lambda self: self.machine.state is State.STOPPING)
+    @rule()
+    def has_written_its_stacks(self) -> None:
+        self.tell(Gathered())
 
     @rule(by=st.floats(0.01, 20.0))
     def time_passes(self, by: float) -> None:
