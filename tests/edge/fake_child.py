@@ -145,7 +145,7 @@ class FakeTree:
         self._gifts: socket.socket | None = None
         self._orders = -1
 
-    def start(self, before: Callable[[], None] = lambda: None) -> None:
+    def start(self, before: Callable[[], None] = lambda: None, *, wait: bool = True) -> None:
         """Fork an edge and wait until it serves; ``before`` runs in it first."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         read, write = os.pipe()
@@ -160,7 +160,10 @@ class FakeTree:
         theirs.close()
         os.close(read)
         self._gifts, self._orders = ours, write
+        if wait:
+            self.wait_ready()
 
+    def wait_ready(self) -> None:
         def is_ready() -> bool:
             self.drain()
             return self.ready
@@ -228,6 +231,10 @@ class FakeTree:
     def stop(self, order: bytes = b"stop") -> int:
         """Ask the edge to stop, or to "yield" to a successor; returns its exit code."""
         os.write(self._orders, order)
+        return self.wait_end()
+
+    def wait_end(self) -> int:
+        """Wait until the edge has ended by itself; returns its exit code."""
         eventually(lambda: process_gone(self.pid))
         _, status = os.waitpid(self.pid, 0)
         self._after_death()

@@ -226,7 +226,10 @@ def test_a_client_that_sends_byte_by_byte_does_not_have_all_opened_again_each_ti
     assert len(opened) == 4
 
 
-def test_a_state_comes_in_force_whole_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("key_update", [True, False])
+def test_a_state_comes_in_force_whole_or_not_at_all(
+    monkeypatch: pytest.MonkeyPatch, key_update: bool
+) -> None:
     world = World()
     client = Client(world, 1)
     client.send(REQUEST)
@@ -242,7 +245,8 @@ def test_a_state_comes_in_force_whole_or_not_at_all(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(Slot, "save", save)
     before = client.edge.cold()
-    assert client.edge.apply(client.state(1, reply=b"welcome", key_update=True, blob=b"new"), 0.0)
+    state = client.state(1, reply=b"welcome", key_update=key_update, blob=b"new")
+    assert client.edge.apply(state, 0.0)
     assert [cold for _, _, cold in left] == [before]
     assert client.edge.slot is not None
     assert client.edge.slot.load()[2] == client.edge.cold() != before

@@ -1,5 +1,6 @@
 """A whole edge in a process of its own, OpenSSL clients in front of it, a scripted core behind."""
 
+import contextlib
 import fcntl
 import mmap
 import os
@@ -9,6 +10,8 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,10 +19,11 @@ from pkvpn import channel
 from pkvpn.channel import EdgeDrop, Mode
 from pkvpn.edge import kernel, main
 from pkvpn.edge.checkpoint import Checkpoint
+from pkvpn.edge.connection import OwnRecords
 from pkvpn.edge.main import EdgeSettings
 from pkvpn.protocol.blocks import BlockDecoder
 from tests.edge.conftest import Pem
-from tests.edge.fake_child import FakeTree
+from tests.edge.fake_child import FakeChild, FakeTree
 from tests.support import eventually
 
 pytestmark = pytest.mark.slow
@@ -196,6 +200,56 @@ def test_a_kick_ends_with_close_notify(tree: FakeTree, pair: tuple[Client, Clien
     assert closed == (a.conn, "kicked")
     # Its flows went with it.
     eventually_misses(tree, b, frame(A, B))
+
+
+def test_who_goes_on_sending_hears_the_goodbye_and_no_reset(
+    tree: FakeTree, pair: tuple[Client, Client]
+) -> None:
+    """Stock clients are sending whenever they are kicked; a reset keeps them from coming back."""
+    busy = pair[0].sock
+    busy.setblocking(False)
+    tree.core.say(channel.State(pair[0].conn, 2, b"", Mode.CLOSING, "kicked", 0.0, False, b""))
+    data = batch(*[frame(B, A, 1514)] * 50)
+
+    def hears_goodbye() -> bool:
+        with contextlib.suppress(ssl.SSLWantWriteError):
+            busy.send(data)
+        try:
+            return not busy.recv(65536)
+        except ssl.SSLWantReadError:
+            return False
+
+    eventually(hears_goodbye)
+    with socket.socket(fileno=os.dup(busy.fileno())) as raw:
+        assert raw.recv(1) == b""  # said to TCP as well, though a duplicate is kept elsewhere
+        for _ in range(50):
+            raw.sendall(data[:1000])
+            eventually(lambda: not kernel.unsent(raw.fileno()))  # its answer has come, if any
+    busy.close()
+    assert tree.core.wait_for(channel.Closed).why == "kicked"
+    eventually(lambda: len(tree.drain()) == 1)
+
+
+def test_nobody_watches_a_connection_that_is_closed(tree: FakeTree) -> None:
+    """As long as a duplicate lives, its entry would go on firing, for a number that is another's
+    by then."""
+    before = watched(tree)
+    client = Client(tree).login()
+    assert len(watched(tree)) == len(before) + 1
+    tree.core.say(channel.State(client.conn, 2, b"", Mode.CLOSING, "kicked", 0.0, False, b""))
+    client.read_to_the_end()
+    # The client does not close, and nobody has taken yet what the edge gave and dropped.
+    eventually(lambda: watched(tree) == before)
+    tree.drain()
+
+
+def watched(tree: FakeTree) -> list[str]:
+    """The entries of the edge's epoll."""
+    for name in os.listdir(f"/proc/{tree.pid}/fd"):
+        if os.readlink(f"/proc/{tree.pid}/fd/{name}") == "anon_inode:[eventpoll]":
+            with open(f"/proc/{tree.pid}/fdinfo/{name}", encoding="ascii") as file:
+                return sorted(line.split()[1] for line in file if line.startswith("tfd:"))
+    raise AssertionError("the edge has no epoll")
 
 
 def test_a_stop_says_goodbye_to_everybody(tree: FakeTree, pair: tuple[Client, Client]) -> None:
@@ -783,6 +837,184 @@ def test_two_deaths_on_one_connection_close_it(tree: FakeTree, pair: tuple[Clien
     a.read_to_the_end()
     b.sock.sendall(batch(frame(A, B)))
     assert tree.core.hear_frames()[0] == b.conn
+
+
+def test_what_two_edges_die_of_is_closed_unread(
+    tree: FakeTree, pair: tuple[Client, Client]
+) -> None:
+    a, b = pair
+
+    def deadly() -> None:
+        open_all = OwnRecords.open_all
+
+        def open_or_die(self: OwnRecords, *args: Any) -> tuple[int, int]:
+            if self.rx.start < self.rx.end and self.sealer.secret == doomed:
+                os._exit(9)
+            return open_all(self, *args)
+
+        OwnRecords.open_all = open_or_die  # type: ignore[method-assign, assignment]
+
+    tree.kill()
+    memory = Checkpoint(memoryview(mmap.mmap(tree.checkpoint, 0)))
+    doomed = memory.slot(memory.left()[0][a.conn]).load()[2].write_secret
+    a.sock.sendall(batch(frame(B, A)))
+    for _ in range(2):
+        tree.start(deadly, wait=False)
+        assert tree.wait_end() == 9
+    tree.start(deadly)
+    assert tree.core.wait_for(channel.Closed) == (a.conn, channel.POISONED)
+    a.read_to_the_end()
+    b.sock.sendall(batch(frame(A, B)))
+    assert tree.core.hear_frames() == (b.conn, [frame(A, B)])
+
+
+def test_who_is_there_is_served_before_the_certificate_is_read_and_new_ones_after(
+    tree: FakeTree, pair: tuple[Client, Client], tmp_path: Path
+) -> None:
+    a, b = pair
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+
+    def wait_at_the_gate() -> None:
+        load = main.load_certificate
+
+        def load_late(*args: Any) -> None:
+            gate.read_bytes()
+            load(*args)
+
+        main.load_certificate = load_late  # type: ignore[assignment]
+
+    tree.kill()
+    a.sock.sendall(batch(frame(B, A)))
+    tree.start(wait_at_the_gate, wait=False)
+    assert b.read_frames(1) == [frame(B, A)]
+    assert not tree.drain().keys() - {client.conn.to_bytes(8, "big") for client in pair}
+    assert not tree.ready
+    gate.write_bytes(b"")
+    tree.wait_ready()
+    Client(tree).login()
+
+
+def test_a_connection_in_its_handshake_dies_with_its_edge_and_nothing_of_it_stays(pem: Pem) -> None:
+    """Its client may come back at once, where there is one place in all and one for an address."""
+    tree = FakeTree(
+        EdgeSettings(
+            index=1, certificate=str(pem.cert), key=str(pem.key), max_connections=1,
+            max_per_address=1,
+        )
+    )  # fmt: skip
+    tree.start()
+    try:
+        source = ("127.0.0.2", 0)  # not from where it listens: nobody of ours
+        client = socket.create_connection(tree.address, 10, source)
+        tree.clients.append(client)
+        client.sendall(client_hello())
+        assert client.recv(5)[:1] == b"\x16"  # the edge is in the middle of it
+        tree.kill()
+        with contextlib.suppress(ConnectionResetError):
+            while client.recv(65536):
+                pass
+        assert tree.given == {}
+        tree.start()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        again = context.wrap_socket(socket.create_connection(tree.address, 10, source))
+        tree.clients.append(again)
+        opened = tree.core.wait_for(channel.Opened)
+        tree.kill()
+        assert list(tree.given) == [opened.conn.to_bytes(8, "big")]
+        memory = Checkpoint(memoryview(mmap.mmap(tree.checkpoint, 0)))
+        assert list(memory.left()[0]) == [opened.conn]
+    finally:
+        tree.close()
+
+
+def client_hello() -> bytes:
+    """The first words of a client of TLS 1.3."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    outgoing = ssl.MemoryBIO()
+    with pytest.raises(ssl.SSLWantReadError):
+        context.wrap_bio(ssl.MemoryBIO(), outgoing).do_handshake()
+    return outgoing.read()
+
+
+def test_what_the_watchdog_has_no_room_for_is_given_again(pem: Pem) -> None:
+    def full_at_first() -> None:
+        give, left = FakeChild.give, [2]
+
+        def give_late(self: FakeChild, key: bytes, fd: int) -> bool:
+            left[0] -= 1
+            return left[0] < 0 and give(self, key, fd)
+
+        FakeChild.give = give_late  # type: ignore[method-assign]
+
+    tree = FakeTree(EdgeSettings(index=1, certificate=str(pem.cert), key=str(pem.key)))
+    try:
+        tree.start(full_at_first)
+        client = Client(tree).login()
+        eventually(tree.drain)
+        tree.kill()
+        tree.start()
+        client.sock.sendall(batch(frame(B, A)))
+        assert tree.core.hear_frames() == (client.conn, [frame(B, A)])
+    finally:
+        tree.close()
+
+
+def test_a_full_ring_is_not_the_end_of_a_client(pem: Pem) -> None:
+    """The kernel says 0 to who has no room to read into, as it does at the end."""
+    tree = FakeTree(
+        EdgeSettings(index=1, certificate=str(pem.cert), key=str(pem.key), login_bytes=1 << 20)
+    )
+    tree.start()
+    try:
+        client = Client(tree)
+        frames = 0
+        client.sock.sendall(REQUEST)
+        assert tree.core.wait_for(channel.Request).conn == client.conn
+        client.sock.setblocking(False)
+        with contextlib.suppress(ssl.SSLWantWriteError):
+            while True:  # until neither the ring nor the kernel takes any more
+                assert client.sock.send(batch(frame(B, A, 1514))) == 1522
+                frames += 1
+        assert frames * 1522 > 1 << 18
+        tree.core.say(
+            channel.State(client.conn, 1, b"welcome", Mode.BLOCKS, "", 20.0, True, b"blob")
+        )
+        client.sock.settimeout(10)
+        assert client.read(7) == b"welcome"
+        tree.core.frames.setblocking(False)
+
+        def all_came() -> bool:
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    tree.core.hear_frames()
+            counts = tree.core.wait_for(channel.Counts)
+            return bool(counts.frames_in == frames)
+
+        eventually(all_came)
+    finally:
+        tree.close()
+
+
+def test_no_name_of_a_connection_comes_again(pem: Pem) -> None:
+    """Neither when the numbers of one edge are used up, nor in the next edge."""
+
+    def few() -> None:
+        channel.CONNS_PER_START = 3
+
+    tree = FakeTree(EdgeSettings(index=1, certificate=str(pem.cert), key=str(pem.key)))
+    try:
+        names = []
+        for _ in range(2):
+            tree.start(few)
+            names += [Client(tree).login().conn for _ in range(5)]
+            tree.kill()
+        assert len(set(names)) == 10
+        assert 0 not in names
+    finally:
+        tree.close()
 
 
 def test_who_holds_connections_open_keeps_nobody_out(pem: Pem) -> None:

@@ -373,3 +373,34 @@ TestEdge.settings = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
+
+
+def test_a_kill_at_each_step_loses_nothing() -> None:
+    """What chance may miss above: one course of things, killed at each of its steps in turn."""
+    at = 0
+    while killed_at(at):
+        at += 1
+    assert at > 200
+
+
+def killed_at(at: int) -> bool:
+    """Whether it came to this step."""
+    edge = Edge()
+    try:
+        edge.fuse.left = at
+        for round_ in range(2):
+            for mac, other in ((A, B), (B, A)):
+                edge.a_client_sends(mac, known=True, sizes=[100, 1400], record=300)
+                edge.a_client_sends(mac, known=False, sizes=[100], record=5000)
+                edge.an_edge_reads(mac, limit=700)
+                edge.a_client_renews_its_key(mac, ask=bool(round_))
+                edge.a_client_sends(mac, known=True, sizes=[0], record=5000)
+                edge.the_core_changes_the_state(mac, key_update=bool(round_))
+                edge.an_edge_reads(mac, limit=1 << 20)
+                edge.an_edge_sends(other, limit=30)
+                edge.the_core_sends_a_frame(mac)
+                edge.the_core_withdraws_a_flow_and_says_it_again(kill=False)
+                edge.flows_of_the_living_are_those_of_a_successor()
+    finally:
+        edge.teardown()
+    return bool(edge.kills)

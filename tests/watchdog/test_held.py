@@ -8,8 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from pkvpn.watchdog.child import DROP, GIVE
+from pkvpn.watchdog.child import DROP, GIVE, REFUSED
 from pkvpn.watchdog.held import Kept
+from tests.support import open_descriptors
 
 
 @pytest.fixture
@@ -50,3 +51,19 @@ def test_closing_what_was_given_never_waits(
             kept.close()
         assert time.monotonic() - before < 30
         kept.close()
+
+
+@pytest.mark.parametrize("count", [0, 2, 4, 5, 20])
+def test_exactly_one_descriptor_goes_with_a_message(
+    gifts: tuple[socket.socket, socket.socket], count: int
+) -> None:
+    """With more than there is room for, the kernel cuts them: those that came are closed."""
+    ours, theirs = gifts
+    kept = Kept(10)
+    before = open_descriptors()
+    socket.send_fds(theirs, [GIVE + b"key"], [theirs.fileno()] * count)
+    kept.drain(ours)
+    assert (kept.descriptors, kept.refused) == ({}, 1)
+    assert open_descriptors() == before
+    said = theirs.recv(1000)
+    assert said == REFUSED + b"key\0exactly one descriptor goes with a message"
