@@ -12,6 +12,7 @@ function has its own time here, with all that C code and the kernel do on its ca
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import os
 import signal
@@ -29,6 +30,7 @@ from typing import Any
 
 from benchmarks import common
 from pkvpn import channel
+from pkvpn.edge import certificate
 from pkvpn.edge.main import EdgeSettings
 from tests.edge.fake_child import FakeTree
 
@@ -88,10 +90,10 @@ def sampled(path: Path) -> Callable[[], None]:
 def measure(seconds: float, size: int = 1514, count: int = 32) -> dict[str, Any]:
     """Rates, CPU seconds, and samples by function."""
     with tempfile.TemporaryDirectory() as folder:
-        settings = EdgeSettings(
-            index=1, certificate=f"{folder}/cert.pem", key=f"{folder}/key.pem", max_connections=50
-        )
-        tree = FakeTree(settings)
+        files = Path(folder, "cert.pem"), Path(folder, "key.pem")
+        certificate.ensure(*files, "localhost", dt.datetime.now(dt.UTC))
+        settings = EdgeSettings(index=1, max_connections=50)
+        tree = FakeTree(settings, certificate.joined(*files))
         samples = Path(folder) / "samples.json"
         tree.start(sampled(samples))
         tree.core.say(channel.Hello(channel.VERSION, 1))

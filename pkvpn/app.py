@@ -28,9 +28,11 @@ from pkvpn.core.settings import CoreSettings
 from pkvpn.core.store import StoreError, read_bridges
 from pkvpn.edge.main import EdgeSettings
 from pkvpn.edge.main import main as edge_main
+from pkvpn.keyholder import KeyHolder
 from pkvpn.listeners import Listeners
 from pkvpn.taps import Taps
 from pkvpn.watchdog import control
+from pkvpn.watchdog.confinement import NO_CORE, Confinement, Network
 from pkvpn.watchdog.logchild import LogSettings
 from pkvpn.watchdog.policy import OnLimit, RestartPolicy
 from pkvpn.watchdog.run import run_tree
@@ -42,6 +44,19 @@ from pkvpn.watchdog.witness import Accuses
 TITLE = "vpnserver execsvc"
 COMM = "vpnserver"
 
+# What the watchdog needs, of what root may: to bind low ports and open TAPs, also at a reload; to
+# make children of other users, to see how they are and to end them; to read and write files that
+# may be anybody's; to set priorities, limits and large buffers.
+_WATCHDOG_KEEPS = (
+    "net_bind_service", "net_admin", "setuid", "setgid", "setpcap", "kill", "sys_ptrace",
+    "dac_override", "dac_read_search", "chown", "fowner", "sys_nice", "sys_resource",
+)  # fmt: skip
+# Where memory is short the canary goes first and the watchdog last (proc(5), oom_score_adj).
+_WATCHDOG_OOM, _CANARY_OOM = -900, 500
+# Of a database that has run wild, in bytes; and open files of children that hold no connections.
+_CORE_FILE_MAX = 4 << 30
+_FEW_FILES = 1024
+
 # Room for what is queued in a channel while a core or an edge is being replaced.  The kernel
 # cuts it to net.core.wmem_max.
 _CHANNEL_BUFFER = 4 << 20
@@ -51,9 +66,19 @@ _CANARY_SECRET = 32
 class Service:
     """Holds what outlives a change of settings, and makes the tree's spec of each."""
 
-    def __init__(self, settings: Settings, *, foreground: bool) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        foreground: bool,
+        sandbox: bool = True,
+        tell: Callable[[dict[str, Any]], None] = lambda _line: None,
+    ) -> None:
+        """``sandbox`` False: whatever the settings say, there is none."""
         self.settings = settings
+        self._keys = KeyHolder(tell)
         self._foreground = foreground
+        self._sandbox = sandbox
         self.listeners = Listeners()
         self._taps = Taps()
         self._channels: list[tuple[list[int], list[int]]] = []  # per edge: its ends, the core's
@@ -71,9 +96,13 @@ class Service:
             state_dir=str(settings.service.state_dir),
             beat_interval=settings.watchdog.beat_interval,
             nice=settings.service.nice,
+            oom_score_adj=_WATCHDOG_OOM,
+            capabilities=_WATCHDOG_KEEPS,
             held=(*self._held(edges), *bridges),
             children=tuple(self._children(edges, tuple(held.name for held in bridges))),
             log=self._log(),
+            # It makes its directories again when somebody has removed them, wherever they are.
+            log_confinement=self._confined(Network.NONE, capabilities=("dac_override",)),
             upgrade=self._upgrade(),
         )
 
@@ -86,7 +115,7 @@ class Service:
         return Upgrade(
             package="pkvpn",
             main="pkvpn.__main__:main",
-            arguments=(*config, "execsvc"),
+            arguments=(*config, "execsvc", *(() if self._sandbox else ("--no-sandbox",))),
             trial=(sys.executable, "-m", "pkvpn", *config, "execsvc", "--check"),
         )
 
@@ -96,6 +125,7 @@ class Service:
         service = self.settings.service
         admin = str(self.settings.admin_socket)
         held = [
+            self._keys.held(self.settings.certificate_files),
             HeldSpec(
                 "listen",
                 lambda: self.listeners.open(service.listen),
@@ -144,16 +174,16 @@ class Service:
             "core", core_main, settings,
             held=("channel:core", "admin", "canary", *bridges), duties=("switch", "login", "store"),
             keep_limit=1,  # what it was working on when it died
+            confinement=self._confined(
+                Network.UNTIL_TURN, limits=(("fsize", _CORE_FILE_MAX), ("nofile", _FEW_FILES))
+            ),
             standby=self.settings.watchdog.standby,
         )  # fmt: skip
 
     def _edge(self, index: int, name: str, edges: int) -> ChildSpec:
         edge = self.settings.edge
-        certificate, key = self.settings.certificate_files
         settings = EdgeSettings(
             index=index + 1,
-            certificate=str(certificate),
-            key=str(key),
             max_connections=edge.connections_max,
             max_per_address=edge.connections_per_address,
             login_timeout=edge.login_timeout,
@@ -161,7 +191,7 @@ class Service:
         )
         return self._child(
             name, edge_main, settings,
-            held=("listen", f"channel:{name}", f"checkpoint:{name}"),
+            held=("listen", "certificate", f"channel:{name}", f"checkpoint:{name}"),
             duties=("accept", "login", "forward"),
             # What waits there waits for the core's answer.
             accuses=(
@@ -170,6 +200,7 @@ class Service:
                 ),
             ),
             keep_limit=self.settings.watchdog.given_max, standby=self.settings.watchdog.standby,
+            confinement=self._confined(Network.UNTIL_TURN),
         )  # fmt: skip
 
     def _canary(self, edges: list[str]) -> ChildSpec:
@@ -180,6 +211,8 @@ class Service:
         )
         return self._child(
             "canary", canary_main, settings, held=("canary",), duties=(REACH_EDGE, REACH_CORE),
+            oom_score_adj=_CANARY_OOM,
+            confinement=self._confined(Network.FREE, limits=(("nofile", _FEW_FILES),)),
             accuses=(
                 Accuses(REACH_EDGE, tuple(edges), times=TRIES, excused_by=("accept", "login")),
                 Accuses(REACH_CORE, ("core",), times=TRIES, excused_by=("login",)),
@@ -210,6 +243,20 @@ class Service:
                 on_limit=OnLimit(watchdog.on_limit),
             ),
             **more,
+        )
+
+    def _confined(
+        self,
+        network: Network,
+        *,
+        capabilities: tuple[str, ...] = (),
+        limits: tuple[tuple[str, int], ...] = (),
+    ) -> Confinement:
+        return Confinement(
+            capabilities=capabilities,
+            limits=(NO_CORE, *limits),
+            calls=self._sandbox and self.settings.service.sandbox,
+            network=network,
         )
 
     def _log(self) -> LogSettings:
@@ -256,15 +303,17 @@ def execsvc(
     foreground: bool = False,
     check: bool = False,
     resume_fd: int | None = None,
+    no_sandbox: bool = False,
 ) -> int:
     """Be the watchdog of the VPN server; returns the exit code.
 
     ``ready_fd``: where `start` waits for JSON lines, one for each thing it is told.
     ``check``: only see whether this program and these settings would start.
     ``resume_fd``: the table of the image before an upgrade.
+    ``no_sandbox``: see `Service`.
     """
     tell = _teller(ready_fd) if ready_fd is not None else _print_start
-    service = Service(settings, foreground=foreground)
+    service = Service(settings, foreground=foreground, sandbox=not no_sandbox, tell=tell)
     try:
         spec = service.tree(settings)
         if check:

@@ -194,6 +194,12 @@ class Service:
         "Priority that is asked for (nice); negative is high. Where the system does not allow it, "
         "the service runs at the priority it was started with.",
     )
+    sandbox: bool = _switch(
+        True,
+        "Whether the children are held to what they need by the kernel, where it can: files by "
+        "Landlock, calls by seccomp. `status` shows what is in force. `start --no-sandbox` turns "
+        "it off for once, to find out why something fails.",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

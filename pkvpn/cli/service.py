@@ -47,6 +47,15 @@ def _start_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="stay in this terminal and log to it; ^C stops the service",
     )
+    _sandbox_argument(parser)
+
+
+def _sandbox_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--no-sandbox",
+        action="store_true",
+        help="no Landlock and no seccomp, to find out why something fails",
+    )
 
 
 def _start(args: argparse.Namespace) -> int:
@@ -57,8 +66,8 @@ def _start(args: argparse.Namespace) -> int:
     if args.foreground:
         from pkvpn.app import execsvc
 
-        return execsvc(settings, foreground=True)
-    answer = _launch(settings)
+        return execsvc(settings, foreground=True, no_sandbox=args.no_sandbox)
+    answer = _launch(settings, no_sandbox=args.no_sandbox)
     if "already" in answer:
         # Another start was quicker.  It may not serve yet, and we promise that it does.
         return _already(_wait_while_it_changes(settings) or int(answer["already"]))
@@ -108,11 +117,12 @@ def _wait_while_it_changes(settings: Settings) -> int | None:
     return None
 
 
-def _launch(settings: Settings) -> dict[str, Any]:
+def _launch(settings: Settings, *, no_sandbox: bool) -> dict[str, Any]:
     """Start execsvc away from this terminal and return its last word."""
     answers, word = os.pipe()
     try:
-        _spawn_detached(_execsvc_command(settings, word), keep=word)
+        command = _execsvc_command(settings, word)
+        _spawn_detached([*command, *(["--no-sandbox"] if no_sandbox else [])], keep=word)
     finally:
         os.close(word)
     try:
@@ -314,7 +324,7 @@ def _restart(args: argparse.Namespace) -> int:
         print(STOPPED, flush=True)
     elif args.verb == "try-restart":
         return _not_running()
-    return _start(argparse.Namespace(config=args.config, foreground=False))
+    return _start(argparse.Namespace(config=args.config, foreground=False, no_sandbox=False))
 
 
 # --- reload, upgrade -----------------------------------------------------------------------------
@@ -401,6 +411,7 @@ def _execsvc_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="only see whether this program would start: exit code 0, or the reason",
     )
+    _sandbox_argument(parser)
     # Where `start` waits for our word.
     parser.add_argument("--ready-fd", type=int, metavar="N", help=argparse.SUPPRESS)
     # What the image before an upgrade left for us.
@@ -419,7 +430,13 @@ def _execsvc(args: argparse.Namespace) -> int:
         raise
     from pkvpn.app import execsvc
 
-    return execsvc(settings, ready_fd=args.ready_fd, check=args.check, resume_fd=args.resume_fd)
+    return execsvc(
+        settings,
+        ready_fd=args.ready_fd,
+        check=args.check,
+        resume_fd=args.resume_fd,
+        no_sandbox=args.no_sandbox,
+    )
 
 
 COMMANDS = {

@@ -155,6 +155,17 @@ def _human(status: dict[str, Any]) -> Iterator[str]:
         address = Address(listener["address"], listener["port"])
         why = f": {listener['error']}" if listener.get("error") else ""
         yield f"{address!s:24} {listener['state']}{why}"
+    yield from _confinement(status["children"])
+
+
+def _confinement(children: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """What the kernel holds each child to; what is not in force says why."""
+    confined = [child for child in children if child.get("confinement")]
+    if confined:
+        yield ""
+    for child in confined:
+        held = child["confinement"].items()
+        yield f"{child['name']}: " + ", ".join(f"{what} {how}" for what, how in held)
 
 
 def _traffic(core: dict[str, Any]) -> Iterator[str]:

@@ -52,15 +52,20 @@ def load(certificate: Path, key: Path) -> str:
     """
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
-        return fingerprint(certificate)
+        return fingerprint(certificate.read_text())
     except (OSError, ValueError) as error:
         raise CertificateError(f"certificate {certificate} with key {key}: {error}") from None
 
 
-def fingerprint(certificate: Path) -> str:
-    """SHA-256 in hex of the certificate in a file.  Raises OSError, ValueError."""
-    der = ssl.PEM_cert_to_DER_cert(_first_certificate(certificate.read_text()))
+def fingerprint(pem: str) -> str:
+    """SHA-256 in hex of the first certificate of a text.  Raises ValueError."""
+    der = ssl.PEM_cert_to_DER_cert(_first_certificate(pem))
     return hashlib.sha256(der).hexdigest()
+
+
+def joined(certificate: Path, key: Path) -> bytes:
+    """Both in one text, the key first.  Raises OSError."""
+    return b"%b\n%b" % (key.read_bytes(), certificate.read_bytes())
 
 
 def _first_certificate(text: str) -> str:

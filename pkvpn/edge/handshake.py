@@ -9,7 +9,6 @@ Everything else (TLS 1.2, or a key log that says nothing) stays with OpenSSL.
 
 import os
 import ssl
-from pathlib import Path
 from typing import NamedTuple, cast
 
 from pkvpn.edge import tls_records
@@ -59,15 +58,24 @@ class KeyLog:
         os.close(self.fd)
 
 
-def make_context(certificate: str, key: str, key_log: KeyLog) -> ssl.SSLContext:
-    """The TLS side of a server.  Raises OSError (ssl.SSLError) if the files are of no use."""
+def make_context(pem: bytes, key_log: KeyLog) -> ssl.SSLContext:
+    """The TLS side of a server.  ``pem``: its key, its certificate and the chain of that.
+
+    Raises OSError (ssl.SSLError) if they are of no use.
+    """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_ciphers(TLS12_CIPHERS)
     # A ticket is a record of OpenSSL's under the key that is ours by then, and nobody resumes.
     context.num_tickets = 0
     context.options |= ssl.OP_NO_TICKET | ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION
-    context.load_cert_chain(certificate, key)
+    # OpenSSL reads them from a file only.
+    file = os.memfd_create("pem", os.MFD_CLOEXEC)
+    try:
+        os.write(file, pem)
+        context.load_cert_chain(f"/proc/self/fd/{file}")
+    finally:
+        os.close(file)
     context.keylog_filename = key_log.path
     return context
 
@@ -75,9 +83,9 @@ def make_context(certificate: str, key: str, key_log: KeyLog) -> ssl.SSLContext:
 class HandshakeServer:
     """What the handshakes of this process begin with: certificate, key, and the key log."""
 
-    def __init__(self, certificate: str, key: str) -> None:
-        self._certificate = certificate
-        self._key = key
+    def __init__(self, source: int) -> None:
+        """``source``: a descriptor from which key and certificate can be read."""
+        self._source = source
         self._key_log = KeyLog()
         self._context: ssl.SSLContext | None = None
         self._shown = ""
@@ -87,14 +95,15 @@ class HandshakeServer:
         return self._context is not None
 
     def load(self) -> None:
-        """Read the files, for handshakes from now on.
+        """Read them, for handshakes from now on.
 
         Raises OSError or ValueError; then all stays as it was.
 
         The context before lives as long as its last handshake, and keeps its own key log open.
         """
-        shown = fingerprint(Path(self._certificate))[:SHOWN_SIZE]
-        self._context = make_context(self._certificate, self._key, self._key_log)
+        pem = os.pread(self._source, os.fstat(self._source).st_size, 0)
+        shown = fingerprint(pem.decode())[:SHOWN_SIZE]
+        self._context = make_context(pem, self._key_log)
         self._shown = shown
 
     def begin(self) -> "Handshake":

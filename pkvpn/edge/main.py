@@ -13,7 +13,6 @@ in their slots until a frame, an event or the core wakes them, or the chore come
 Everything is imported here, before the fork: a new edge costs a fork and not an import.
 """
 
-import datetime as dt
 import errno
 import fcntl
 import gc
@@ -27,12 +26,11 @@ import time
 from collections import Counter, deque
 from collections.abc import Generator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from pkvpn import channel
 from pkvpn.channel import ChannelError, EdgeDrop, Mode, Refusal
-from pkvpn.edge import certificate, kernel
+from pkvpn.edge import kernel
 from pkvpn.edge.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -135,8 +133,6 @@ class EdgeSettings:
     """Times in seconds, sizes in bytes."""
 
     index: int  # 1 and up; connection ids begin with it
-    certificate: str
-    key: str
     max_connections: int = 10000
     max_per_address: int = 0  # 0: no limit
     login_timeout: float = 30.0  # from accept to the data phase, however busy the client is
@@ -226,55 +222,64 @@ class Peer:
 
 def main(child: Child, settings: EdgeSettings) -> None:
     """Be an edge until asked to stop."""
-    tls = HandshakeServer(settings.certificate, settings.key)
+    (source,) = child.held("certificate")
+    tls = HandshakeServer(source)
     if child.standing_by:
-        load_certificate(child, settings, tls)
+        load_certificate(tls)
         small = replace(settings, max_connections=_REHEARSED, max_per_address=0, memory_max=0)
         rehearse(child, lambda staged: Edge(staged, small, tls))
+    mistrust = try_kernel(child)
     child.stand_by()
-    edge = Edge(child, settings, tls)
+    edge = Edge(child, settings, tls, mistrust)
     try:
         # Who is here already does not wait for what only new clients need.
         edge.adopt()
         edge.turn(0.0)
         if not tls.loaded:
-            load_certificate(child, settings, tls)
+            load_certificate(tls)
         edge.run()
     finally:
         edge.close()
         tls.close()
 
 
-def load_certificate(child: Child, settings: EdgeSettings, tls: HandshakeServer) -> None:
-    """Get ready for handshakes.  Raises SystemExit naming what is wrong with the files."""
+def load_certificate(tls: HandshakeServer) -> None:
+    """Get ready for handshakes.  Raises SystemExit."""
     try:
-        made = certificate.ensure(
-            Path(settings.certificate),
-            Path(settings.key),
-            socket.gethostname() or "vpnserver",
-            dt.datetime.now(dt.UTC),
-        )
         tls.load()
-    except certificate.CertificateError as error:
-        raise SystemExit(str(error)) from None
     except (OSError, ValueError) as error:
-        files = f"certificate {settings.certificate} with key {settings.key}"
-        raise SystemExit(f"{files}: {error}") from None
-    if made:
-        child.say(f"made a certificate, SHA-256 {made}")
-        _log.info("made a certificate, SHA-256 %s", made)
+        raise SystemExit(f"the certificate and key that are held for us: {error}") from None
+
+
+def try_kernel(child: Child) -> str:
+    """Why connections of edges before us cannot be adopted: what this kernel does not tell.
+
+    The first edge finds out, for all after it; to be called while there are sockets to be had.
+    """
+    (checkpoint,) = child.held(f"checkpoint:{child.name}")
+    if os.fstat(checkpoint).st_size:
+        return ""
+    try:
+        return kernel.check_positions()
+    except OSError as error:
+        _log.warning("not tried whether this kernel tells positions of sockets: %s", error)
+        return ""
 
 
 class Edge:
     """One edge process."""
 
-    def __init__(self, child: Child, settings: EdgeSettings, tls: HandshakeServer) -> None:
+    def __init__(
+        self, child: Child, settings: EdgeSettings, tls: HandshakeServer, mistrust: str = ""
+    ) -> None:
+        """``mistrust``: what `try_kernel` says, if it is the first one here."""
         self.child = child
         self.settings = settings
         self.now = time.monotonic()
         self._started = self.now
         self._counter = 0
         self._tls = tls
+        self._mistrust = mistrust
         control, frames = child.held(f"channel:{child.name}")
         self._control = socket.socket(fileno=control)
         self._frames = socket.socket(fileno=frames)
@@ -394,19 +399,13 @@ class Edge:
             return self._fresh_checkpoint(slots, *sizes[1:])
 
     def _fresh_checkpoint(self, slots: int, rx_size: int, tx_size: int) -> Checkpoint:
-        """The first edge finds out, for all after it, whether they may adopt anything."""
         made = Checkpoint.make(memoryview(self._memory), slots, rx_size, tx_size)
-        try:
-            wrong = kernel.check_positions()
-        except OSError as error:
-            _log.warning("not tried whether this kernel tells positions of sockets: %s", error)
-            return made
-        if wrong:
+        if self._mistrust:
             made.refuse_adoption()
             _log.error(
                 "this kernel does not tell how far a connection has come (%s): when an edge dies,"
                 " its clients have to come back by their session keys",
-                wrong,
+                self._mistrust,
             )
         return made
 
@@ -668,9 +667,8 @@ class Edge:
 
     def _reload(self) -> None:
         try:
-            certificate.load(Path(self.settings.certificate), Path(self.settings.key))
             self._tls.load()
-        except (certificate.CertificateError, OSError, ValueError) as error:
+        except (OSError, ValueError) as error:
             _log.error("the certificate in use stays: %s", error)
 
     def _tick(self) -> None:

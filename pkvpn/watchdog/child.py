@@ -2,8 +2,8 @@
 
 Strategy: the first lines after the fork decide whether an orphan can be left, so they come in
 this order: death signal, is the parent still the one that forked us, own session, default
-signals, title, close what is not ours.  After that nothing here ever blocks: beats and
-requests that do not fit are counters and can be sent again.
+signals, title, close what is not ours, give up all rights but those of its spec.  After that
+nothing here ever blocks: beats and requests that do not fit are counters and can be sent again.
 
 Every beat is sent from `Child.turn`, which the working loop calls: a loop that hangs is
 silent, whatever its threads do.
@@ -30,7 +30,8 @@ from typing import Any, NoReturn
 
 from multiprocess import spawn
 
-from pkvpn.watchdog import lifeline
+from pkvpn.watchdog import lifeline, sandbox
+from pkvpn.watchdog.confinement import Confinement
 from pkvpn.watchdog.lifeline import Kind, Order
 from pkvpn.watchdog.logchild import LogPipe
 from pkvpn.watchdog.titles import set_title
@@ -92,6 +93,7 @@ class Birth:
     log: int  # SEQPACKET
     lock: int  # the instance lock: open as long as any process of the tree lives
     standby: bool = False  # forked ahead: waits for its turn
+    confinement: Confinement | None = None
     held: dict[str, list[int]] = field(default_factory=dict)
     given: dict[bytes, int] = field(default_factory=dict)
 
@@ -216,10 +218,13 @@ class Child:
     def stand_by(self) -> None:
         """Wait for our turn; to be called when all is done that can be done ahead of it.
 
+        Who is confined to it makes no sockets of its own from here on.
+
         Returns at once in a process that was forked to serve.  In one that was forked ahead,
         `given` and `incarnation` hold from here on, and what is held is not to be touched before:
         it is another's that long.
         """
+        sandbox.close_network(self._birth.confinement)
         if not self.standing_by:
             return
         gc.collect()
@@ -315,6 +320,8 @@ class Child:
         # Written by C code from within the signal handler, so also while other C code keeps
         # the GIL; what we set just above runs after it, when Python gets its turn.
         faulthandler.register(signal.SIGQUIT, self._birth.stacks, all_threads=True, chain=True)
+        # What a confined process gets for a call that it has no right to; chained, it dies of it.
+        faulthandler.register(signal.SIGSYS, self._birth.stacks, all_threads=True, chain=True)
 
     def _on_term(self, _number: int, _frame: object) -> None:
         self._asked = True
@@ -429,7 +436,7 @@ def run_child(birth: Birth) -> NoReturn:
     standby = " standby" if birth.standby else ""
     set_title(f"{birth.title}: {birth.name}{standby}", birth.comm)
     close_all_but(birth.descriptors())
-    _set_oom_score(birth.oom_score_adj)
+    set_oom_score(birth.oom_score_adj)
     faulthandler.enable(birth.stacks, all_threads=True)
     _route_logging(birth)
     child = Child(birth)
@@ -437,6 +444,7 @@ def run_child(birth: Birth) -> NoReturn:
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     code = 1
     try:
+        _confine(birth)
         if birth.settings is None:
             birth.target(child)
         else:
@@ -455,6 +463,15 @@ def run_child(birth: Birth) -> NoReturn:
             except (OSError, ValueError, AttributeError):
                 pass
         os._exit(code)
+
+
+def _confine(birth: Birth) -> None:
+    if birth.confinement is None:
+        return
+    try:
+        sandbox.confine(birth.confinement, lambda: set_death_signal(birth.watchdog_pid))
+    except sandbox.ConfinementError as error:
+        raise SystemExit(f"it cannot be confined: {error}") from None
 
 
 def exec_child(birth: Birth) -> NoReturn:
@@ -511,7 +528,8 @@ def close_all_but(keep: set[int]) -> None:
     os.closerange(low, os.sysconf("SC_OPEN_MAX"))
 
 
-def _set_oom_score(value: int) -> None:
+def set_oom_score(value: int) -> None:
+    """How soon we are killed where memory is short; what cannot be set stays."""
     try:
         fd = os.open("/proc/self/oom_score_adj", os.O_WRONLY)
     except OSError:

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from pkvpn.watchdog import instance, sweep, upgrade
-from pkvpn.watchdog.child import ALL_SIGNALS
+from pkvpn.watchdog import instance, sandbox, sweep, upgrade
+from pkvpn.watchdog.child import ALL_SIGNALS, set_oom_score
 from pkvpn.watchdog.spec import TreeSpec
 from pkvpn.watchdog.supervisor import EXIT_INTERNAL, EXIT_OK, EXIT_START_FAILED, Report, Supervisor
 from pkvpn.watchdog.titles import set_title
@@ -50,6 +50,10 @@ def run_tree(
     if isinstance(taken, int):
         return taken
     _raise_priority(spec.nice)
+    if spec.oom_score_adj:
+        set_oom_score(spec.oom_score_adj)
+    if spec.capabilities is not None:
+        sandbox.keep_capabilities(spec.capabilities)
     supervisor = Supervisor(spec, lock=taken, tell=tell, on_reload=on_reload, status=status)
     try:
         return supervisor.run()

@@ -7,7 +7,7 @@ from typing import Any
 
 import psutil
 
-from pkvpn.watchdog import machine, procfs
+from pkvpn.watchdog import machine, procfs, sandbox
 from pkvpn.watchdog.held import GIVEN_FLOOR, Kept
 from pkvpn.watchdog.incarnation import Incarnation
 from pkvpn.watchdog.machine import ChildMachine, State
@@ -66,6 +66,7 @@ class Slot:
             "kept_refused": self.kept.refused,
             "undead": self.machine.undead,
             "standby": self.standby.pid if self.standby is not None else None,
+            "confinement": sandbox.describe(self.spec.confinement, sandbox.abilities()),
         }
         if alive is None:
             return status

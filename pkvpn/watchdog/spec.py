@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from pkvpn.watchdog.confinement import Confinement
 from pkvpn.watchdog.lifeline import MAX_DUTIES
 from pkvpn.watchdog.policy import RestartPolicy
 from pkvpn.watchdog.witness import Accuses
@@ -47,6 +48,7 @@ class ChildSpec:
     accuses: tuple[Accuses, ...] = ()  # duties of a witness
     keep_limit: int = 0  # how many descriptors it may give to be kept for its successors
     oom_score_adj: int = 0
+    confinement: Confinement | None = None  # None: it may what the watchdog may
     # A second process is forked ahead and waits, all prepared, in `Child.stand_by`, which the
     # target calls: the successor is there before it is needed.
     standby: bool = False
@@ -118,7 +120,11 @@ class TreeSpec:
     comm: str = ""
     beat_interval: float = 0.2
     nice: int = 0
+    oom_score_adj: int = 0  # of the watchdog
+    # That the watchdog keeps, if it has any (names as in `sandbox`); None: all.
+    capabilities: tuple[str, ...] | None = None
     log: Any = None  # settings of the log child (logchild.LogSettings); None: its defaults
+    log_confinement: Confinement | None = None
     upgrade: Upgrade | None = None  # how it goes over to new code; None: it cannot
 
     def __post_init__(self) -> None:

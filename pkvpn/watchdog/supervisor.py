@@ -808,6 +808,7 @@ class Supervisor:
             held={name: self._held.descriptors(name) for name in names},
             given={} if standby else slot.kept.descriptors,
             standby=standby,
+            confinement=slot.spec.confinement,
         )
 
     def _watch(self, slot: Slot, incarnation: Incarnation) -> None:
@@ -1244,6 +1245,7 @@ class Supervisor:
             ),
             duties=("write",),
             stop_timeout=2.0,
+            confinement=spec.log_confinement,
         )
         return [log, *spec.children]
 

@@ -17,6 +17,11 @@ class Pem(NamedTuple):
     cert: Path
     key: Path
 
+    @property
+    def joined(self) -> bytes:
+        """As an edge reads them."""
+        return certificate.joined(self.cert, self.key)
+
 
 @pytest.fixture(scope="session")
 def pem(tmp_path_factory: pytest.TempPathFactory) -> Pem:

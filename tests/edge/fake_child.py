@@ -123,8 +123,11 @@ class ScriptedCore:
 class FakeTree:
     """Holds what outlives an edge, forks edges and kills them."""
 
-    def __init__(self, settings: EdgeSettings) -> None:
+    def __init__(self, settings: EdgeSettings, pem: bytes) -> None:
+        """``pem``: certificate and key."""
         self.settings = settings
+        self.certificate = os.memfd_create("certificate", os.MFD_CLOEXEC)
+        os.write(self.certificate, pem)
         self.pid = 0
         # Closed with the tree, however a test ends.
         self.clients: list[socket.socket] = []
@@ -153,6 +156,7 @@ class FakeTree:
             "listen": [self.listener.fileno()],
             "channel:edge-1": self.channel,
             "checkpoint:edge-1": [self.checkpoint],
+            "certificate": [self.certificate],
         }
         self.pid = os.fork()
         if not self.pid:
@@ -253,7 +257,7 @@ class FakeTree:
             self.kill()
         for client in self.clients:
             client.close()
-        for fd in (*self.channel, self.checkpoint, *self.given.values()):
+        for fd in (*self.channel, self.checkpoint, self.certificate, *self.given.values()):
             os.close(fd)
         self.listener.close()
         self.core.close()

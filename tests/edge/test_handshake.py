@@ -46,7 +46,7 @@ class Client:
 
 @pytest.fixture
 def context(pem: Pem, key_log: KeyLog) -> Iterator[ssl.SSLContext]:
-    context = handshake.make_context(str(pem.cert), str(pem.key), key_log)
+    context = handshake.make_context(pem.joined, key_log)
     yield context
     context.keylog_filename = None  # type: ignore[assignment]  # closes OpenSSL's file
 

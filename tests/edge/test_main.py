@@ -108,10 +108,7 @@ class Client:
 @pytest.fixture
 def tree(pem: Pem) -> Iterator[FakeTree]:
     tree = FakeTree(
-        EdgeSettings(
-            index=1, certificate=str(pem.cert), key=str(pem.key), login_timeout=5.0,
-            max_connections=50,
-        )
+        EdgeSettings(index=1, login_timeout=5.0, max_connections=50), pem.joined
     )  # fmt: skip
     tree.start()
     tree.core.expect(channel.Adopted)
@@ -618,7 +615,7 @@ def test_where_the_kernel_does_not_tell_positions_nothing_is_adopted(pem: Pem) -
     def distrust() -> None:
         kernel.check_positions = check
 
-    tree = FakeTree(EdgeSettings(index=1, certificate=str(pem.cert), key=str(pem.key)))
+    tree = FakeTree(EdgeSettings(index=1), pem.joined)
     try:
         tree.start(distrust)
         client = Client(tree).login()
@@ -1019,10 +1016,7 @@ def test_no_name_of_a_connection_comes_again(pem: Pem) -> None:
 
 def test_who_holds_connections_open_keeps_nobody_out(pem: Pem) -> None:
     tree = FakeTree(
-        EdgeSettings(
-            index=1, certificate=str(pem.cert), key=str(pem.key), login_timeout=600.0,
-            max_connections=4,
-        )
+        EdgeSettings(index=1, login_timeout=600.0, max_connections=4), pem.joined
     )  # fmt: skip
     tree.start()
     try:
@@ -1060,9 +1054,7 @@ def test_a_stranger_has_little_memory(tree: FakeTree) -> None:
 
 def test_all_together_have_so_much_memory_and_who_reads_gets_his_frames(pem: Pem) -> None:
     limit = 2 << 20
-    tree = FakeTree(
-        EdgeSettings(index=1, certificate=str(pem.cert), key=str(pem.key), memory_max=limit)
-    )
+    tree = FakeTree(EdgeSettings(index=1, memory_max=limit), pem.joined)
     tree.start()
     try:
         quick = Client(tree).login()
@@ -1094,7 +1086,7 @@ def test_all_together_have_so_much_memory_and_who_reads_gets_his_frames(pem: Pem
 
 
 def test_handshakes_that_come_to_nothing_make_room(pem: Pem) -> None:
-    tree = FakeTree(EdgeSettings(index=1, certificate=str(pem.cert), key=str(pem.key)))
+    tree = FakeTree(EdgeSettings(index=1), pem.joined)
     tree.start(before=lambda: setattr(main, "_MAX_HANDSHAKES", 3))
     source = ("127.0.0.2", 0)  # not from where it listens: nobody of ours
     try:

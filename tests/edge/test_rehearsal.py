@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import datetime as dt
-from pathlib import Path
+import os
 
 import pytest
 
-from pkvpn.edge import certificate, rehearsal
+from pkvpn.edge import rehearsal
 from pkvpn.edge.handshake import HandshakeServer
 from pkvpn.edge.main import Edge, EdgeSettings
 from pkvpn.edge.rehearsal import rehearse
 from pkvpn.watchdog.child import Child
+from tests.edge.conftest import Pem
 from tests.standing_by import standing_by
 from tests.support import open_descriptors
 
@@ -26,17 +26,13 @@ class Noted(Edge):
         super().close()
 
 
-@pytest.fixture
-def settings(tmp_path: Path) -> EdgeSettings:
-    crt, key = tmp_path / "server.crt", tmp_path / "server.key"
-    certificate.ensure(crt, key, "localhost", dt.datetime.now(dt.UTC))
-    return EdgeSettings(1, str(crt), str(key), max_connections=4)
-
-
 def test_its_successor_adopts_what_an_edge_has_begun(
-    settings: EdgeSettings, caplog: pytest.LogCaptureFixture
+    pem: Pem, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tls = HandshakeServer(settings.certificate, settings.key)
+    settings = EdgeSettings(1, max_connections=4)
+    source = os.memfd_create("pem", os.MFD_CLOEXEC)
+    os.write(source, pem.joined)
+    tls = HandshakeServer(source)
     tls.load()
     played: list[Noted] = []
 
@@ -56,6 +52,7 @@ def test_its_successor_adopts_what_an_edge_has_begun(
         played.clear()
         assert open_descriptors() == before
     tls.close()
+    os.close(source)
     assert caplog.records == []
 
 
