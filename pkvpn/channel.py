@@ -65,6 +65,9 @@ CONNS_PER_START = 1 << 20
 # 0 is nobody: no connection has it.
 NOBODY = 0
 
+# The numbers of States count up from 1.  Nobody comes so far, and who is told one can count on.
+MAX_NUMBER = (1 << 63) - 1
+
 # Why an edge has closed a connection that it must have died on.
 POISONED = "two edges died on it"
 
@@ -227,6 +230,13 @@ def _read_conn(data: bytes, at: int) -> tuple[int, int]:
     return conn, at + 8
 
 
+def _read_number(data: bytes, at: int) -> tuple[int, int]:
+    (number,) = U64.unpack_from(data, at)
+    if number > MAX_NUMBER:
+        raise ChannelError(f"a State of number {number}")
+    return number, at + 8
+
+
 def _write_conns(conns: tuple[int, ...]) -> bytes:
     if not conns or NOBODY in conns:
         raise ChannelError(f"no list of connections: {conns}")
@@ -276,6 +286,7 @@ def _read_rest(data: bytes, at: int) -> tuple[bytes, int]:
 _FIELDS: dict[str, tuple[Callable[[Any], Bytes], Callable[[bytes, int], tuple[Any, int]]]] = {
     "u": _struct_field(U64),
     "v": _struct_field(U8),
+    "o": (U64.pack, _read_number),
     "d": (_write_time, _read_time),
     "f": (U8.pack, _read_flag),
     "m": (U8.pack, _read_mode),
@@ -452,9 +463,9 @@ FromCore = Hello | State | Flow | Unflow | FramesOut
 _Kinds = dict[int, tuple[type[Any], str]]
 _FROM_EDGE: _Kinds = {
     1: (Opened, "csss"),
-    2: (Request, "cub"),
+    2: (Request, "cob"),
     3: (Closed, "cs"),
-    4: (Replay, "cumsssb"),
+    4: (Replay, "comsssb"),
     5: (Replayed, "u"),
     6: (Adopted, "v"),
     7: (Counts, "cuuuun"),
@@ -465,7 +476,7 @@ _FROM_EDGE: _Kinds = {
 }
 _FROM_CORE: _Kinds = {
     17: (Hello, "vu"),
-    18: (State, "cubmsdfb"),
+    18: (State, "cobmsdfb"),
     19: (Flow, "ckc"),
     20: (Unflow, "ck"),
     25: (FramesOut, "lr"),

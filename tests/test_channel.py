@@ -17,6 +17,7 @@ KEY = st.binary(min_size=12, max_size=12)
 TIME = st.floats(0, 1e9)
 FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "u": U64,
+    "o": st.integers(0, channel.MAX_NUMBER),
     "v": st.integers(0, 255),
     "d": TIME,
     "f": st.booleans(),

@@ -45,6 +45,7 @@ class Link:
         # The edge has told all it has since its last Hello.
         self.replayed = False
         self.replayed_at = 0.0
+        self.connections = 0  # that are known of it
         # Connections that it named since then; the others are gone.
         self.present: set[int] = set()
         # Flows it has from a core before us: (conn, key).

@@ -74,6 +74,10 @@ _MAX_EARLY_FRAMES = 4 << 20
 _REQUESTS_PER_TURN = 8
 # Requests that wait until this core knows what there is.
 _MAX_EARLY_REQUESTS = 4096
+# Connections that one edge may speak of, and flows that it may name before it has told all: more
+# than any has.  Edges read what strangers send: one that was taken over must not fill our memory.
+_MAX_CONNECTIONS = 1 << 18
+_MAX_OLD_FLOWS = 1 << 20
 # How long after a replay an edge may still name flows that an earlier core has taught it.
 _OLD_FLOWS_TIMEOUT = 2.0
 
@@ -328,9 +332,9 @@ class Core:
             case FlowSeen(conn, key):
                 self._hear_flow(link, conn, key, now)
             case Opened(conn, peer, local, tls):
-                link.present.add(conn)
                 if conn not in self._connections:
-                    self._connections[conn] = Connection(conn, link, peer, local, tls)
+                    self._meet(Connection(conn, link, peer, local, tls))
+                _see(link, conn)
             case Request():
                 self._logged_in.done += 1
                 self._hear_request(link, message, now)
@@ -481,11 +485,23 @@ class Core:
         connection.hub = hub
         connection.port = self._ports[number]
 
+    def _meet(self, connection: Connection) -> bool:
+        """Know it from now on; False: its edge has too many."""
+        link = connection.link
+        if connection.conn not in self._connections:
+            if link.connections >= _MAX_CONNECTIONS:
+                self._lose("connections beyond all limits")
+                return False
+            link.connections += 1
+        self._connections[connection.conn] = connection
+        return True
+
     def _forget(self, conn: int, why: str, now: float) -> None:
         """The connection is gone."""
         connection = self._connections.pop(conn, None)
         if connection is None:
             return
+        connection.link.connections -= 1
         if connection.session is not None:
             session = connection.session
             _log.log(
@@ -542,7 +558,7 @@ class Core:
 
     def _hear_present(self, link: Link, conn: int, number: int) -> None:
         """A connection that this core has heard of before, from an edge that is gone."""
-        link.present.add(conn)
+        _see(link, conn)
         connection = self._connections.get(conn)
         if (
             connection is not None
@@ -561,7 +577,8 @@ class Core:
             # An edge knows better than what an older replay in the queue said.
             self._leave(connection, now)
         connection = Connection(replay.conn, link, replay.peer, replay.local, replay.tls)
-        self._connections[replay.conn] = connection
+        if not self._meet(connection):
+            return
         connection.number = replay.number
         try:
             connection.blob = blobs.decode(replay.blob)
@@ -701,7 +718,7 @@ class Core:
 
     def _hear_flow(self, link: Link, conn: int, key: bytes, now: float) -> None:
         connection = self._connections.get(conn)
-        if not link.replayed:
+        if not link.replayed and len(link.old_flows) < _MAX_OLD_FLOWS:
             link.old_flows.append((conn, key))
         if connection is None or connection.hub is None or connection.port is None:
             return
@@ -993,6 +1010,12 @@ class Core:
         }
 
 
+def _see(link: Link, conn: int) -> None:
+    """The edge has this connection."""
+    if len(link.present) < _MAX_CONNECTIONS:
+        link.present.add(conn)
+
+
 def _week() -> int:
     return int(max(0.0, time.time()) // WEEK) & 0xFFFF
 
@@ -1009,18 +1032,26 @@ def _named(names: type[EdgeDrop] | type[Refusal], counts: Iterable[int]) -> dict
 def _take_mark(child: Child) -> tuple[Mark, Quarantine]:
     """What the core before us has left, or new ones for the core after us."""
     fd = child.given().get(_MARK_KEY)
-    made = fd is None
-    if fd is None:
-        fd = os.memfd_create("core-mark", os.MFD_CLOEXEC)
+    if fd is not None:
+        try:
+            return _open_mark(fd)
+        except (OSError, ValueError) as error:
+            # A core that has run wild gave it; its successors are not to die of it one by one.
+            _log.error("what the core before was working on is not known: %s", error)
+    fd = os.memfd_create("core-mark", os.MFD_CLOEXEC)
     try:
-        if os.fstat(fd).st_size < MARK_SIZE:  # also one of a core of older code
-            os.ftruncate(fd, MARK_SIZE)
-        if made:
-            child.give(_MARK_KEY, fd)
-        return Mark(fd), Quarantine(fd)
+        made = _open_mark(fd)
+        child.give(_MARK_KEY, fd)
+        return made
     finally:
-        if made:
-            os.close(fd)
+        os.close(fd)
+
+
+def _open_mark(fd: int) -> tuple[Mark, Quarantine]:
+    """Raises OSError or ValueError if this is no memory."""
+    if os.fstat(fd).st_size < MARK_SIZE:  # new, or of a core of older code
+        os.ftruncate(fd, MARK_SIZE)
+    return Mark(fd), Quarantine(fd)
 
 
 def _level(session: Session | None) -> int:

@@ -74,13 +74,8 @@ class Quarantine:
 
     def __init__(self, fd: int) -> None:
         self._memory = mmap.mmap(fd, SIZE)
-        at = _COPIES_AT[self._memory[_SWITCH_AT] & 1]
-        (size,) = _LENGTH.unpack_from(self._memory, at)
-        text = self._memory[at + _LENGTH.size : at + _LENGTH.size + size]
         # name -> until when (monotonic), why; the oldest first.
-        self._entries: dict[str, tuple[float, str]] = {
-            name: (until, why) for name, until, why in (json.loads(text) if text else [])
-        }
+        self._entries = self._load()
 
     def close(self) -> None:
         """Unmap it."""
@@ -112,6 +107,20 @@ class Quarantine:
             for name, (until, why) in self._entries.items()
             if now < until
         ]
+
+    def _load(self) -> dict[str, tuple[float, str]]:
+        """What is in force; nothing where a core wrote that had run wild: its successor is not to
+        die of it."""
+        at = _COPIES_AT[self._memory[_SWITCH_AT] & 1]
+        (size,) = _LENGTH.unpack_from(self._memory, at)
+        text = self._memory[at + _LENGTH.size : at + _LENGTH.size + size]
+        try:
+            return {
+                str(name): (float(until), str(why))
+                for name, until, why in (json.loads(text) if text else [])
+            }
+        except (ValueError, TypeError, RecursionError):
+            return {}
 
     def _text(self) -> bytes:
         return json.dumps([[name, *entry] for name, entry in self._entries.items()]).encode()

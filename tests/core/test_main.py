@@ -1,5 +1,6 @@
 """A whole core in its own process, with a scripted edge at its channel."""
 
+import fcntl
 import os
 import signal
 import sqlite3
@@ -10,6 +11,7 @@ import pytest
 
 from pkvpn.channel import (
     ALL_FLOWS,
+    MAX_NUMBER,
     POISONED,
     VERSION,
     Adopted,
@@ -25,6 +27,7 @@ from pkvpn.channel import (
     Opened,
     Present,
     Refusal,
+    Replay,
     Replayed,
     Request,
     State,
@@ -32,6 +35,7 @@ from pkvpn.channel import (
     Unflow,
     join_blocks,
 )
+from pkvpn.core import main as core
 from pkvpn.core.hub import Hub
 from pkvpn.core.login import LoginDesk
 from pkvpn.core.poison import FRAME_DEATHS
@@ -571,6 +575,47 @@ def test_an_edge_has_no_say_in_connections_of_another(tmp_path: Path) -> None:
         assert tree.ask("status")["connections"] == 2
     finally:
         tree.close()
+
+
+def test_no_edge_can_count_a_core_to_death(edge: Edge) -> None:
+    conn = edge.conn(1)
+    for number in (MAX_NUMBER + 1, (1 << 64) - 1):
+        edge.say(Replay(conn, number, Mode.HTTP, "x:1", "y:1", "z", b"no state"))
+    edge.say(Opened(conn, "x:1", "y:1", "z"), Request(conn, (1 << 64) - 1, SIGNATURE))
+    edge.say(Closed(conn, "it left"))
+    assert edge.log_in(2)
+
+
+def test_no_edge_can_fill_the_memory_of_a_core(tree: Tree) -> None:
+    tree.start(lambda: setattr(core, "_MAX_CONNECTIONS", 3))
+    (edge,) = tree.edges
+    edge.begin()
+    for counter in range(1, 9):
+        edge.open(counter)
+    eventually(lambda: tree.ask("status")["lost"] == {"connections beyond all limits": 5})
+    edge.say(Present(tuple((edge.conn(counter), 1) for counter in range(20, 30))))
+    edge.say(*(Closed(edge.conn(counter), "it left") for counter in range(1, 9)))
+    edge.log_in(9)
+    edge.say(Closed(edge.conn(9), "it left"))
+    for counter in range(10, 13):
+        edge.log_in(counter)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "sealed"])
+def test_a_core_does_not_die_of_what_the_one_before_gave(tree: Tree, kind: str) -> None:
+    os.close(tree.given.pop(b"core mark"))
+    if kind == "pipe":
+        tree.given[b"core mark"], write = os.pipe()
+        os.close(write)
+    else:
+        memory = os.memfd_create("mark", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        fcntl.fcntl(memory, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
+        tree.given[b"core mark"] = memory
+    tree.may_give = True
+    tree.start()
+    edge = tree.edges[0]
+    edge.begin()
+    assert edge.log_in(1)
 
 
 def test_a_stop_ends_the_core_in_peace(tree: Tree, edge: Edge) -> None:

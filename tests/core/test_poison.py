@@ -76,3 +76,16 @@ def test_who_is_kept_out_is_known_to_the_next_core_and_not_for_ever() -> None:
     for one in (first, second, third, fourth, mark):
         one.close()
     os.close(fd)
+
+
+@pytest.mark.parametrize("garbage", [b"\xff", b"{", b"1", b"[1]", b'[["a", "x", 1]]', b"[" * 9000])
+def test_who_is_kept_out_is_forgotten_where_a_core_has_scribbled(garbage: bytes) -> None:
+    fd = os.memfd_create("mark")
+    os.ftruncate(fd, SIZE)
+    os.pwrite(fd, len(garbage).to_bytes(4, "little") + garbage, 8192)
+    quarantine = Quarantine(fd)
+    os.close(fd)
+    assert quarantine.entries(0.0) == []
+    quarantine.put("T/u1", "why", 0.0)
+    assert quarantine.holds("T/u1", 1.0)
+    quarantine.close()
