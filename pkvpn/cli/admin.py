@@ -108,8 +108,8 @@ _VERBS: Mapping[str, Mapping[str, _Verb]] = {
         "list": _Verb("the MAC addresses a hub has learnt", ("hub",), pages=("mac", "vlan")),
     },
     "quarantine": {
-        "list": _Verb("users and addresses that are kept out, since what they sent killed"),
-        "lift": _Verb("let one of them in again", ("name",)),
+        "list": _Verb("users, addresses and hubs that are kept out, since what they sent killed"),
+        "lift": _Verb("let one of them in again: HUB/USER, an address, or HUB/", ("name",)),
     },
     "bridge": {
         "add": _Verb("join a hub to a TAP device", ("hub", "device"), _bridge_options),

@@ -51,7 +51,7 @@ from pkvpn.core.flows import KnownFlow
 from pkvpn.core.hub import Drop, Hub, Port, Run
 from pkvpn.core.link import Link
 from pkvpn.core.login import CANARY_HUB, CANARY_HUB_ID, RANDOM_SIZE, LoginDesk, Outcome, address_key
-from pkvpn.core.poison import QUARANTINE, Mark, Quarantine
+from pkvpn.core.poison import QUARANTINE, Mark, Quarantine, hub_key
 from pkvpn.core.poison import SIZE as MARK_SIZE
 from pkvpn.core.rehearsal import rehearse
 from pkvpn.core.session import WEEK, Session, SessionKeys, Sessions
@@ -172,7 +172,9 @@ class Core:
         self._logged_in = child.duty("login")
         self._mark, self._quarantine = _take_mark(child)
         self._desk.kept_out = self._quarantine.holds
-        self._poisoned = self._mark.judge(now)
+        self._poisoned, hub_of_deaths = self._mark.judge(now)
+        if hub_of_deaths in accounts.hubs:
+            self._keep_out_hub(accounts.hubs[hub_of_deaths].name, now)
         self._calls = Calls()
         fds = child.held("channel:core")
         self._links = [
@@ -430,6 +432,16 @@ class Core:
             name, QUARANTINE, why, name,
         )  # fmt: skip
 
+    def _keep_out_hub(self, name: str, now: float) -> None:
+        """Its sessions stay, and its known flows, which the core does not see."""
+        why = "cores died of its frames, whoever sent them"
+        self._quarantine.put(hub_key(name), why, now)
+        _log.error(
+            "frames of hub %s that no flow knows are in quarantine for %d s: %s;"
+            " `vpnserver quarantine lift %s` ends it",
+            name, QUARANTINE, why, hub_key(name),
+        )  # fmt: skip
+
     def _answer(self, connection: Connection, outcome: Outcome) -> None:
         blob = connection.blob
         mode, timeout = Mode.HTTP, 0.0
@@ -641,11 +653,19 @@ class Core:
             self._keep_early(conn, blocks)
             return
         connection = self._connections.get(conn)
-        if connection is None or connection.port is None or connection.hub is None:
+        if (
+            connection is None
+            or connection.session is None
+            or connection.port is None
+            or connection.hub is None
+        ):
             self._lose("frames of connections without a session")
             return
-        hub, port = connection.hub, connection.port
-        self._mark.begin(conn, 0)
+        session, hub, port = connection.session, connection.hub, connection.port
+        if self._quarantine.holds(hub_key(hub.name), now):
+            self._lose("frames of hubs in quarantine")
+            return
+        self._mark.begin(conn, 0, session.hub_id, session.user_id)
         runs, candidates = hub.switch(port, blocks, now)
         for run in runs:
             self._deliver(port, run, blocks)
@@ -772,17 +792,22 @@ class Core:
             hub = self._hubs[record.hub_id]
             port = hub.join(f"bridge {record.device}", tap, now)
             self._taps[record.device] = (tap, hub, port)
-            self._selector.register(fd, selectors.EVENT_READ, self._tap_of(tap, hub, port))
+            read = self._tap_of(tap, record.hub_id, hub, port)
+            self._selector.register(fd, selectors.EVENT_READ, read)
 
-    def _tap_of(self, tap: Tap, hub: Hub, port: Port) -> Any:
+    def _tap_of(self, tap: Tap, hub_id: int, hub: Hub, port: Port) -> Any:
         def read(now: float) -> None:
             blocks = tap.read()
-            if blocks:
+            if blocks and self._quarantine.holds(hub_key(hub.name), now):
+                self._lose("frames of hubs in quarantine")
+            elif blocks:
                 self._switched.done += 1
+                self._mark.begin(0, 0, hub_id, 0)
                 runs, _ = hub.switch(port, blocks, now)
                 for run in runs:
                     self._deliver(port, run, blocks)
                 self._withdraw(hub)
+                self._mark.end()
             if tap.state != "open":
                 # It would be readable for ever.
                 _log.error("bridge %s: %s", tap.device, tap.state)

@@ -6,6 +6,7 @@ import signal
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,7 +39,7 @@ from pkvpn.channel import (
 from pkvpn.core import main as core
 from pkvpn.core.hub import Hub
 from pkvpn.core.login import LoginDesk
-from pkvpn.core.poison import FRAME_DEATHS
+from pkvpn.core.poison import FRAME_DEATHS, HUB_DEATHS
 from pkvpn.watchdog.control import ControlError
 from tests.core.desk import PROBE, SIGNATURE, additional, login, pack_of, read
 from tests.core.fake_child import Edge, Tree
@@ -530,6 +531,88 @@ def test_whose_frames_kill_cores_is_kept_out_and_nobody_else(tree: Tree, edge: E
     edge.log_in(4, "u2", "pw2")
     tree.ask("quarantine.lift", name="T/u1")
     edge.log_in(5)
+
+
+def test_frames_of_a_hub_that_kill_whoever_sends_them_are_kept_out_and_nobody_is(
+    tree: Tree, edge: Edge
+) -> None:
+    """As where what its members have taught it is what kills: all their sessions stay."""
+
+    def die(*_args: object) -> None:
+        os._exit(9)
+
+    def poison() -> None:
+        switch = Hub.switch
+
+        def switch_or_die(self: Hub, *args: Any) -> Any:
+            return die() if self.name == "T" else switch(self, *args)
+
+        Hub.switch = switch_or_die  # type: ignore[method-assign, assignment]
+
+    tree.ask("user.add", hub="T", name="u3", auth="password", password="pw3")
+    tree.ask("hub.add", name="OTHER")
+    for name in ("v1", "v2"):
+        tree.ask("user.add", hub="OTHER", name=name, auth="password", password="pw")
+    members = [edge.log_in(number, f"u{number}", f"pw{number}")[0] for number in (1, 2, 3)]
+    others = [edge.log_in(number, f"v{number - 3}", "pw", "OTHER")[0] for number in (4, 5)]
+    everybody = [*members, *others]
+    tree.end_core()
+    for number in range(HUB_DEATHS):
+        tree.start(poison)
+        edge.replay(edge.hear(Hello).epoch, *everybody)
+        edge.send(members[number % 3].conn, frame(EVERYBODY, A))
+        assert tree.wait(tree.pid) == 9
+        tree.pid = 0
+    tree.start(poison)
+    edge.replay(edge.hear(Hello).epoch, *everybody)
+    for member in members:
+        edge.send(member.conn, frame(EVERYBODY, A))
+    edge.send(others[0].conn, frame(EVERYBODY, B))
+    assert edge.receive() == ((others[1].conn,), [frame(EVERYBODY, B)])
+    (kept_out,) = tree.ask("quarantine.list")
+    assert kept_out["name"] == "t/"
+    assert kept_out["why"] == "cores died of its frames, whoever sent them"
+    status = tree.ask("status")
+    assert (status["sessions"], status["quarantine"]) == (5, 1)
+    assert status["lost"] == {"frames of hubs in quarantine": 3}
+    # Nor do they pass the next core, until somebody says so.
+    tree.end_core()
+    tree.start()
+    edge.replay(edge.hear(Hello).epoch, *everybody)
+    edge.send(members[0].conn, frame(EVERYBODY, A))
+    eventually(lambda: tree.ask("status")["lost"])
+    tree.ask("quarantine.lift", name="T/")
+    edge.send(members[0].conn, frame(EVERYBODY, A))
+    assert edge.receive() == (tuple(one.conn for one in members[1:]), [frame(EVERYBODY, A)])
+    assert edge.silent()
+
+
+def test_what_a_bridge_brings_and_cores_die_of_is_kept_out(tree: Tree) -> None:
+    def poison() -> None:
+        Hub.switch = lambda *_args: os._exit(9)  # type: ignore[method-assign]
+
+    device = tree.add_tap("tap0")
+    try:
+        tree.start()
+        edge = tree.edges[0]
+        edge.begin()
+        tree.ask("bridge.add", hub="T", device="tap0")
+        member, _ = edge.log_in(1)
+        tree.end_core()
+        for _ in range(FRAME_DEATHS):
+            tree.start(poison)
+            edge.replay(edge.hear(Hello).epoch, member)
+            device.send(frame(EVERYBODY, B))
+            assert tree.wait(tree.pid) == 9
+            tree.pid = 0
+        tree.start(poison)
+        edge.replay(edge.hear(Hello).epoch, member)
+        device.send(frame(EVERYBODY, B))
+        eventually(lambda: tree.ask("status")["lost"] == {"frames of hubs in quarantine": 1})
+        assert [one["name"] for one in tree.ask("quarantine.list")] == ["t/"]
+        assert tree.ask("status")["sessions"] == 1
+    finally:
+        device.close()
 
 
 def test_what_kills_edges_puts_its_user_into_quarantine(tree: Tree, edge: Edge) -> None:

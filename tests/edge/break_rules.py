@@ -251,7 +251,7 @@ BREAKS = (
 
 
 def notices(one: Break) -> str:
-    """ "" if the test fails with the rule broken; else what it said."""
+    """Nothing if the test fails with the rule broken; else what it said."""
     with tempfile.TemporaryDirectory(prefix="pkvpn-break-") as name:
         copy = Path(name)
         for part in ("pkvpn", "tests"):
