@@ -88,7 +88,7 @@ BREAKS = (
         f"{_TEST_KERNEL}::test_an_urgent_byte_counts_like_any_other",
     ),
     Break(
-        3, _MAIN, "        if wrong:\n", "        if False:\n",
+        3, _MAIN, "        if self._mistrust:\n", "        if False:\n",
         f"{_TEST_MAIN}::test_where_the_kernel_does_not_tell_positions_nothing_is_adopted",
     ),
     Break(

@@ -894,12 +894,7 @@ def test_who_is_there_is_served_before_the_certificate_is_read_and_new_ones_afte
 
 def test_a_connection_in_its_handshake_dies_with_its_edge_and_nothing_of_it_stays(pem: Pem) -> None:
     """Its client may come back at once, where there is one place in all and one for an address."""
-    tree = FakeTree(
-        EdgeSettings(
-            index=1, certificate=str(pem.cert), key=str(pem.key), max_connections=1,
-            max_per_address=1,
-        )
-    )  # fmt: skip
+    tree = FakeTree(EdgeSettings(index=1, max_connections=1, max_per_address=1), pem.joined)
     tree.start()
     try:
         source = ("127.0.0.2", 0)  # not from where it listens: nobody of ours
@@ -946,7 +941,7 @@ def test_what_the_watchdog_has_no_room_for_is_given_again(pem: Pem) -> None:
 
         FakeChild.give = give_late  # type: ignore[method-assign]
 
-    tree = FakeTree(EdgeSettings(index=1, certificate=str(pem.cert), key=str(pem.key)))
+    tree = FakeTree(EdgeSettings(index=1), pem.joined)
     try:
         tree.start(full_at_first)
         client = Client(tree).login()
@@ -961,9 +956,7 @@ def test_what_the_watchdog_has_no_room_for_is_given_again(pem: Pem) -> None:
 
 def test_a_full_ring_is_not_the_end_of_a_client(pem: Pem) -> None:
     """The kernel says 0 to who has no room to read into, as it does at the end."""
-    tree = FakeTree(
-        EdgeSettings(index=1, certificate=str(pem.cert), key=str(pem.key), login_bytes=1 << 20)
-    )
+    tree = FakeTree(EdgeSettings(index=1, login_bytes=1 << 20), pem.joined)
     tree.start()
     try:
         client = Client(tree)
@@ -1001,7 +994,7 @@ def test_no_name_of_a_connection_comes_again(pem: Pem) -> None:
     def few() -> None:
         channel.CONNS_PER_START = 3
 
-    tree = FakeTree(EdgeSettings(index=1, certificate=str(pem.cert), key=str(pem.key)))
+    tree = FakeTree(EdgeSettings(index=1), pem.joined)
     try:
         names = []
         for _ in range(2):
