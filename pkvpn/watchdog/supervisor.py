@@ -870,6 +870,8 @@ class Supervisor:
         ):
             return None
         slot.standby = None
+        # Woken by us, it waits for our processor; what is left for us to do can wait for it.
+        os.sched_yield()
         return standby
 
     def _hear_standby(self, slot: Slot, priority: int, now: float) -> None:
