@@ -17,7 +17,7 @@ import struct
 from typing import Any, NamedTuple
 
 # What is being worked on: connection (0: a bridge), number of the request (0: frames), and of
-# frames the hub and the user by their numbers; all 0: nothing.  (At 0 is where earlier code had it.)
+# frames the hub and the user by their numbers; all 0: nothing.  (Earlier code had it at 0.)
 _MARK = struct.Struct("=QQqq")
 _MARK_AT = 64
 # How many deaths are in the row, and each of them: the same four, and when (monotonic seconds).
@@ -85,7 +85,8 @@ class Mark:
 
     def judge(self, now: float) -> Guilty:
         """To be called once by a new core."""
-        death = Death(*_MARK.unpack_from(self._memory, _MARK_AT), now)
+        conn, number, hub, user = _MARK.unpack_from(self._memory, _MARK_AT)
+        death = Death(conn, number, hub, user, now)
         self.end()
         row = self._row()
         if not death.conn and not death.hub:
