@@ -192,7 +192,7 @@ class Service:
         return self._child(
             name, edge_main, settings,
             held=("listen", "certificate", f"channel:{name}", f"checkpoint:{name}"),
-            duties=("accept", "login", "forward"),
+            duties=("accept", "login", "forward", "hear"),
             # What waits there waits for the core's answer.
             accuses=(
                 Accuses(

@@ -40,6 +40,11 @@ def unsent(fd: int) -> int:
     return _ioctl(fd, termios.TIOCOUTQ)
 
 
+def unread(fd: int) -> int:
+    """How many bytes lie in a socket for us."""
+    return _ioctl(fd, termios.FIONREAD)
+
+
 def positions(sock: socket.socket) -> tuple[int, int]:
     """How many bytes have been read from, and written to, this TCP socket by whomever.
 
@@ -48,7 +53,7 @@ def positions(sock: socket.socket) -> tuple[int, int]:
     """
     info = _info(sock)
     for _ in range(_TRIES):
-        waiting = _ioctl(sock.fileno(), termios.FIONREAD)
+        waiting = unread(sock.fileno())
         queued = unsent(sock.fileno())
         before, info = info, _info(sock)
         if info == before:

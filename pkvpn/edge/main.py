@@ -341,6 +341,8 @@ class Edge:
         self._accept = child.duty("accept")
         self._login = child.duty("login")
         self._forward = child.duty("forward")
+        self._hear = child.duty("hear")
+        self._heard = 0  # of it, at the last tick
         self._epoll = select.epoll()
         self._epoll.register(child.fileno(), select.EPOLLIN)
         self._epoll.register(self._control, select.EPOLLIN)
@@ -688,7 +690,10 @@ class Edge:
         if not self._sweeping:
             self._sweeping = True
             self._chores.append(self._sweep())
-        self._login.waiting_since = next(iter(self._asked.values()), 0.0)
+        self._look_for_unheard()
+        # A core of another version does not hear us.
+        waits = next(iter(self._asked.values()), 0.0) if self._heeds_core else 0.0
+        self._login.waiting_since = waits
         if self._old_flows_end and now >= self._old_flows_end:
             self._old_flows_end, self._inherits = 0.0, False
             self._flows.remove_others(self._epoch)
@@ -697,6 +702,15 @@ class Edge:
         elif now - self._core_read_at > _CORE_TIMEOUT and len(self._flows):
             _log.error("the core has read nothing for %d s: flows end", _CORE_TIMEOUT)
             self._flows.clear()
+
+    def _look_for_unheard(self) -> None:
+        """Where what the core has said lies unread, it is this edge that is deaf, not the core."""
+        duty = self._hear
+        if not any(kernel.unread(sock.fileno()) for sock in (self._control, self._frames)):
+            duty.waiting_since = 0.0
+        elif not duty.waiting_since or duty.done != self._heard:
+            duty.waiting_since = self.now
+        self._heard = duty.done
 
     def _sweep(self) -> Chore:
         """Look after each connection."""
@@ -1393,6 +1407,7 @@ class Edge:
                 data = self._control.recv(channel.MAX_MESSAGE + 1)
             except BlockingIOError:
                 return
+            self._hear.done += 1
             try:
                 message = channel.decode_from_core(data)
             except ChannelError as error:
@@ -1525,6 +1540,7 @@ class Edge:
                 data = self._frames.recv(channel.MAX_MESSAGE + 1)
             except BlockingIOError:
                 return
+            self._hear.done += 1
             try:
                 message = channel.decode_from_core(data)
                 if not isinstance(message, channel.FramesOut):

@@ -155,6 +155,13 @@ class Incarnation:
         """Whether it beats so late that what it does not do may be due to that."""
         return bool(self.beats) and now - self.beats[-1][0] > self.spec.hang_timeout / 2
 
+    def neglects(self, now: float) -> bool:
+        """Whether something has waited for it for longer than a moment, by its last beat."""
+        if not self.beats:
+            return False
+        own = self.witness.own_duties(self.beats[-1][1].duties)
+        return any(since and now - since > self.spec.hang_timeout / 2 for _, since in own)
+
     def look(self, now: float) -> None:
         """See how much it has to do; to be called while it is suspected."""
         if self.beats:

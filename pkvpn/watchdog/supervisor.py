@@ -618,7 +618,8 @@ class Supervisor:
         or he has more to do than he can.
 
         Who asks while we or he himself or anybody on the way is away or just born, gets no
-        answer and has proved nothing; who is silent is the judge's.
+        answer and has proved nothing; who is silent is the judge's.  So is another on the way for
+        whom something waits: it may be the answer.
         """
         assert witness.alive is not None
         on_the_way = [witness, *(self._slots[name] for name in witness.alive.witness.knows())]
@@ -630,12 +631,16 @@ class Supervisor:
                 or max(alive.quiet_until, self._back_at) > accusation.since
                 or alive.is_silent(now)
             ):
-                self._entry(
-                    "not-condemned", child=", ".join(accusation.accused),
-                    text=f"{witness.name} gets no answer ({accusation.duty}), but {slot.name} "
-                    "was away meanwhile",
-                )  # fmt: skip
-                return
+                but = "was away meanwhile"
+            elif slot.name not in accusation.accused and alive.neglects(now):
+                but = "does not do what waits for it"
+            else:
+                continue
+            self._entry(
+                "not-condemned", child=", ".join(accusation.accused),
+                text=f"{witness.name} gets no answer ({accusation.duty}), but {slot.name} {but}",
+            )  # fmt: skip
+            return
         for name in accusation.accused:
             slot = self._slots[name]
             assert slot.alive is not None  # it is on the way

@@ -32,6 +32,7 @@ class FakeChild:
         self._gifts = socket.socket(fileno=gifts)
         self._orders = orders
         self._duties: dict[str, Duty] = {}
+        self._waited: set[str] = set()
 
     def stand_by(self) -> None:
         """Our turn has come already."""
@@ -74,6 +75,11 @@ class FakeChild:
         self._gifts.send(b"S" + text.encode())
 
     def turn(self, now: float) -> float:
+        """Say so once for each duty for which something waits."""
+        waits = {name for name, duty in self._duties.items() if duty.waiting_since}
+        for name in waits - self._waited:
+            self._gifts.send(b"S" + f"{name} waits".encode())
+        self._waited = waits
         return 1.0
 
 

@@ -737,6 +737,24 @@ def test_what_was_sent_while_no_edge_lived_is_read_by_the_next(tree: FakeTree) -
     idle.close()
 
 
+def test_an_edge_that_does_not_hear_the_core_says_that_it_is_the_deaf_one(
+    tree: FakeTree, pair: tuple[Client, Client]
+) -> None:
+    tree.core.say(channel.FramesOut((pair[0].conn,), channel.join_blocks([frame(A, B)])))
+    assert pair[0].read_frames(1) == [frame(A, B)]
+    tree.drain()
+    assert "hear waits" not in tree.said
+    tree.kill()
+    tree.start(lambda: setattr(main.Edge, "_read_control", lambda _: None))
+    tree.core.say(channel.Hello(channel.VERSION, 1))
+
+    def said_so() -> bool:
+        tree.drain()
+        return "hear waits" in tree.said
+
+    eventually(said_so)
+
+
 def test_what_a_dead_edge_had_not_sent_yet_is_sent_by_the_next(tree: FakeTree) -> None:
     # Without a time-out there are no keep-alives, which would send what lies there with them.
     client = Client(tree, buffer=4096).login(timeout=0.0)

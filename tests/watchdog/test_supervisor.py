@@ -109,6 +109,25 @@ def test_who_is_accused_is_excused_only_if_it_works_as_hard_as_it_can(
         assert not tree.journal("internal-error")
 
 
+def test_nobody_is_guilty_of_an_answer_that_another_on_the_way_does_not_pass_on(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "witness").mkdir()
+    (tmp_path / "relay").mkdir()
+    witness = child(
+        "witness", "accuses", tmp_path / "witness", duties=("work", "relayed"), deaf_timeout=60.0,
+        accuses=(Accuses("work", ("innocent",), patience=1.2), Accuses("relayed", ("relay",))),
+    )  # fmt: skip
+    relay = child("relay", "deaf", tmp_path / "relay", deaf_timeout=60.0)
+    with running(tmp_path, spec_in(tmp_path, child("innocent"), relay, witness)) as tree:
+        (tmp_path / "relay" / "trigger").touch()
+        (tmp_path / "witness" / "trigger").touch()
+        entry = eventually(lambda: tree.journal("not-condemned", child="innocent"))[0]
+        assert "relay does not do what waits for it" in entry["text"]
+        assert not tree.journal("condemned")
+        assert not tree.journal("internal-error")
+
+
 @pytest.mark.parametrize("how", ["corrupt", "corrupt_flood"])
 def test_garbage_on_the_lifeline_is_corrupt(tmp_path: Path, how: str) -> None:
     status, report = misbehave(tmp_path, how)
