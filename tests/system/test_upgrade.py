@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -65,8 +66,13 @@ class Visit:
 
 
 @pytest.fixture
-def visit(tmp_path: Path) -> Iterator[Visit]:
-    service = CopiedService(tmp_path / "service", 'listen = ["127.0.0.1:0"]\n')
+def config() -> str:
+    return 'listen = ["127.0.0.1:0"]\n'
+
+
+@pytest.fixture
+def visit(tmp_path: Path, config: str) -> Iterator[Visit]:
+    service = CopiedService(tmp_path / "service", config)
     service.copy()
     with ExitStack() as stack:
         stack.callback(service.stop)
@@ -119,3 +125,22 @@ def test_code_whose_child_does_not_come_up_is_undone_and_no_client_notices(
     visit.service.copy()
     assert visit.service.upgrade().returncode == 0
     visit.serves()
+
+
+@pytest.mark.parametrize(
+    "config", ['listen = ["127.0.0.1:0"]\n[watchdog]\nstart_timeout = 4\n'], ids=["impatient"]
+)
+def test_code_that_lets_nobody_in_does_not_pass_its_canary_and_is_undone(visit: Visit) -> None:
+    """Every child of it comes up, and those who are there already notice nothing."""
+    visit.service.append("core/login.py", "LoginDesk.answer = lambda self, *args: 1 // 0\n")
+    done = visit.service.upgrade()
+    assert done.returncode == 1
+    assert "canary does not come up with the new code" in done.stderr
+    visit.serves()
+    assert visit.image() == 3  # there, and back again
+    # Who is new is let in again.
+    with contextlib.closing(
+        VpnClient("127.0.0.1", visit.service.port(), "T", "u1", "pw1", reconnect=False)
+    ) as another:
+        another.connect()
+        assert another.logins == 1
