@@ -217,6 +217,7 @@ class Service:
                 Accuses(REACH_EDGE, tuple(edges), times=TRIES, excused_by=("accept", "login")),
                 Accuses(REACH_CORE, ("core",), times=TRIES, excused_by=("login",)),
             ),
+            vital=False,
         )  # fmt: skip
 
     def _child(

@@ -49,7 +49,7 @@ class Listeners:
         return list(sockets.values())
 
     def adopt(self, addresses: tuple[Address, ...], descriptors: list[int]) -> None:
-        """Go on with sockets that came through an exec."""
+        """Go on with sockets that came through an exec, or that the service manager opened."""
         found = {_bound_to(fd): fd for fd in descriptors}
         for address in addresses:
             # Port 0 stands for whatever the system chose then.
@@ -58,9 +58,10 @@ class Listeners:
             )
             if bound is not None:
                 self._open[address] = found.pop(bound)
+                _prepare(self._open[address])
                 self._bound[address] = bound
             else:
-                self._refused[address] = "refused before the upgrade"
+                self._refused[address] = "refused before"
 
     def status(self) -> list[dict[str, Any]]:
         """One dict an address: address, port (the real one), state, error."""
@@ -80,12 +81,10 @@ class Listeners:
 
 def listen(address: Address) -> int:
     """Return the descriptor of a new listening socket.  Raises `OSError`."""
-    sock = socket.socket(address.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    sock = socket.socket(address.family, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # Inherited by what is accepted: an urgent byte is then a byte like the others, and
-        # does not shift the position by which a successor knows how far we had read.
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+        _prepare(sock.fileno())
         if address.family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.bind((address.host, address.port))
@@ -94,6 +93,18 @@ def listen(address: Address) -> int:
         sock.close()
         raise
     return sock.detach()
+
+
+def _prepare(fd: int) -> None:
+    """What an edge expects of it, whoever opened it."""
+    os.set_blocking(fd, False)
+    sock = socket.socket(fileno=fd)
+    try:
+        # Inherited by what is accepted: an urgent byte is then a byte like the others, and
+        # does not shift the position by which a successor knows how far we had read.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+    finally:
+        sock.detach()
 
 
 def _bound_to(fd: int) -> Address:

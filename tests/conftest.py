@@ -33,11 +33,15 @@ def _missing(mark: str) -> str:
         absent = [path for path in _STOCK_PROGRAMS if not os.path.exists(path)]
         absent += [name for name in ("vpncmd", "iperf3") if shutil.which(name) is None]
         return f"not installed: {', '.join(absent)}" if absent else ""
+    if mark == "boot":
+        from tests.boot.machine import why_not
+
+        return why_not()
     return ""
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    for mark in ("root", "netns", "softether"):
+    for mark in ("root", "netns", "softether", "boot"):
         if item.get_closest_marker(mark) is not None and (why := _missing(mark)):
             if os.environ.get("PKVPN_REQUIRE_ALL") == "1":
                 pytest.fail(f"{mark}: {why}, and nothing may be skipped here", pytrace=False)

@@ -20,6 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "pkvpn.config": set(),
     "pkvpn.logs": set(),
     "pkvpn.listeners": {"pkvpn.config"},
+    "pkvpn.service": set(),
     "pkvpn.taps": {"pkvpn.core.accounts", "pkvpn.core.bridge", "pkvpn.watchdog.spec"},
     "pkvpn.keyholder": {
         "pkvpn.edge.certificate",
@@ -48,6 +49,7 @@ PURE = (
     "pkvpn/watchdog/lifeline.py",
     "pkvpn/watchdog/tree.py",
     "pkvpn/watchdog/witness.py",
+    "pkvpn/service/units.py",
     "pkvpn/edge/tls_records.py",
     "pkvpn/edge/flows.py",
     "pkvpn/edge/connection.py",

@@ -66,6 +66,8 @@ _VERBS: Mapping[str, _Verb] = {
     "mac": _Verb("admin", "list the MAC addresses of a hub"),
     "quarantine": _Verb("admin", "who is kept out after deaths of the core or an edge"),
     "bridge": _Verb("admin", "add, list and delete local bridges"),
+    "install": _Verb("install", "make the service a unit of systemd, and start it"),
+    "uninstall": _Verb("install", "end the service and remove the unit; accounts are left"),
     "connect": _Verb("connect", "log in to a server as a client"),
     "config": _Verb("configuration", "show the effective configuration, or all defaults"),
     "demo": _Verb("laboratory", "kill a server of its own again and again, and show what is lost"),

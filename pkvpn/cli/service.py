@@ -3,6 +3,9 @@
 Strategy: whether the service runs is asked of the instance lock and of nothing else; the pid file
 only says whom to wait for.  Each wait has a limit, and what it waited for is named when the limit
 is reached.  A stop is over when the last process has let go of the lock.
+
+Where the instance is installed as a unit of systemd, starts and stops go through it: else it would
+take a stop for a failure, or not know of a start.
 """
 
 import argparse
@@ -19,6 +22,8 @@ from typing import Any
 from pkvpn.cli import FAILED, NO_PRIVILEGE, NOT_RUNNING, OK, Command, Refusal, complain
 from pkvpn.cli.runtime import holders, is_running, load_settings, open_watchdog
 from pkvpn.config import ConfigError, Settings, load
+from pkvpn.service import units
+from pkvpn.service.manager import Manager, ManagerError, managing
 from pkvpn.watchdog.control import ControlError, ask
 
 STARTED = "PacketiX VPN Server Service Started."
@@ -67,6 +72,12 @@ def _start(args: argparse.Namespace) -> int:
         from pkvpn.app import execsvc
 
         return execsvc(settings, foreground=True, no_sandbox=args.no_sandbox)
+    manager = _manager(settings)
+    if manager is not None:
+        if args.no_sandbox:
+            raise Refusal("the unit has a sandbox; to do without, `vpnserver start --foreground"
+                          " --no-sandbox`")  # fmt: skip
+        return _start_unit(manager, settings)
     answer = _launch(settings, no_sandbox=args.no_sandbox)
     if "already" in answer:
         # Another start was quicker.  It may not serve yet, and we promise that it does.
@@ -74,12 +85,16 @@ def _start(args: argparse.Namespace) -> int:
     if "error" in answer:
         complain(f"the service did not start: {answer['error']}")
         return int(answer.get("code", FAILED))
-    for listener in answer.get("listeners", ()):
-        if listener["state"] == "refused":
-            complain(f"{_address(listener)} is refused: {listener['error']}")
+    _tell_refused(answer)
     _explain_lingering(settings)
     print(STARTED)
     return OK
+
+
+def _tell_refused(answer: dict[str, Any]) -> None:
+    for listener in answer.get("listeners", ()):
+        if listener["state"] == "refused":
+            complain(f"{_address(listener)} is refused: {listener['error']}")
 
 
 def _already(pid: int) -> int:
@@ -98,7 +113,7 @@ def _wait_while_it_changes(settings: Settings) -> int | None:
 
     None says that a service is to be launched: it decides by the lock what is really there.
     """
-    deadline = time.monotonic() + _stop_budget(settings)
+    deadline = time.monotonic() + stop_budget(settings)
     while is_running(settings):
         try:
             status = ask(str(settings.control_socket), "status", timeout=ANSWER_TIMEOUT)
@@ -111,7 +126,7 @@ def _wait_while_it_changes(settings: Settings) -> int | None:
         if time.monotonic() > deadline:
             raise Refusal(
                 f"a service (pid {status['watchdog']['pid']}) has been {status['state']} for "
-                f"{_stop_budget(settings):g} s; look at `status`, end it with `kill`"
+                f"{stop_budget(settings):g} s; look at `status`, end it with `kill`"
             )
         time.sleep(_LOOK_EVERY)
     return None
@@ -226,6 +241,38 @@ def _explain_lingering(settings: Settings) -> None:
         )
 
 
+# --- through systemd ------------------------------------------------------------------------------
+
+
+def _manager(settings: Settings) -> Manager | None:
+    """Whom starts and stops go through; None: they are ours, also where somebody has started the
+    service without its unit."""
+    manager = managing(str(settings.service.runtime_dir))
+    try:
+        if manager is None or (is_running(settings) and not manager.main_pid()):
+            return None
+    except ManagerError as error:
+        complain(f"systemd is passed over: {error}")
+        return None
+    return manager
+
+
+def _call(manager: Manager, settings: Settings, *words: str) -> None:
+    """Raises Refusal."""
+    try:
+        manager.call(*words, timeout=start_budget(settings) + stop_budget(settings))
+    except ManagerError as error:
+        raise Refusal(f"{error}\nthe reason may be in `journalctl -u vpnserver`") from None
+
+
+def _start_unit(manager: Manager, settings: Settings) -> int:
+    _call(manager, settings, "start", units.SERVICE)
+    with contextlib.suppress(OSError, ControlError):
+        _tell_refused(ask(str(settings.control_socket), "status", timeout=ANSWER_TIMEOUT))
+    print(STARTED)
+    return OK
+
+
 # --- stop ----------------------------------------------------------------------------------------
 
 
@@ -235,9 +282,16 @@ def _no_arguments(_parser: argparse.ArgumentParser) -> None:
 
 def _stop(args: argparse.Namespace) -> int:
     settings = load_settings(args.config)
-    if not is_running(settings):
+    was_running = is_running(settings)
+    manager = _manager(settings)
+    if manager is not None:
+        # Also where none of it runs: it may be about to be started anew, or by a connection.
+        sockets = [units.SOCKET] if manager.socket.exists() else []
+        _call(manager, settings, "stop", *sockets, units.SERVICE)
+    if not was_running:
         return _not_running()
-    _stop_and_wait(settings)
+    if manager is None:
+        _stop_and_wait(settings)
     print(STOPPED)
     return OK
 
@@ -249,7 +303,7 @@ def _not_running() -> int:
 
 def _stop_and_wait(settings: Settings) -> None:
     """End the service; return when the lock is free, raise Refusal naming what is left."""
-    deadline = time.monotonic() + _stop_budget(settings)
+    deadline = time.monotonic() + stop_budget(settings)
     watchdog = _ask_to_stop(settings)
     if watchdog is not None:
         try:
@@ -260,7 +314,7 @@ def _stop_and_wait(settings: Settings) -> None:
             os.close(watchdog)
     if not _wait_until(lambda: not is_running(settings), deadline):
         raise Refusal(
-            f"the service has not ended within {_stop_budget(settings):g} s; still there: "
+            f"the service has not ended within {stop_budget(settings):g} s; still there: "
             f"{_pids(holders(settings))}; `kill` ends it by force"
         )
 
@@ -295,7 +349,7 @@ def _terminate(watchdog: int) -> None:
         raise Refusal("the service belongs to another user", NO_PRIVILEGE) from None
 
 
-def _stop_budget(settings: Settings) -> float:
+def stop_budget(settings: Settings) -> float:
     """Return the seconds in which every stop ends.
 
     One child after the other may use all of its time, then be killed; the rest is for the
@@ -303,6 +357,12 @@ def _stop_budget(settings: Settings) -> float:
     """
     children = 3 + settings.edge_processes(os.cpu_count() or 1)
     return children * (settings.watchdog.stop_timeout + 1.0) + 5.0
+
+
+def start_budget(settings: Settings) -> float:
+    """Return the seconds in which every start ends, one child after the other."""
+    children = 3 + settings.edge_processes(os.cpu_count() or 1)
+    return children * settings.watchdog.start_timeout + _PATIENCE
 
 
 def _wait_until(condition: Callable[[], bool], deadline: float) -> bool:
@@ -320,6 +380,12 @@ def _pids(pids: list[int]) -> str:
 def _restart(args: argparse.Namespace) -> int:
     settings = load_settings(args.config)
     if is_running(settings):
+        manager = _manager(settings)
+        if manager is not None:
+            _call(manager, settings, "restart", units.SERVICE)
+            print(STOPPED)
+            print(STARTED)
+            return OK
         _stop_and_wait(settings)
         print(STOPPED, flush=True)
     elif args.verb == "try-restart":
@@ -330,10 +396,21 @@ def _restart(args: argparse.Namespace) -> int:
 # --- reload, upgrade -----------------------------------------------------------------------------
 
 
+def _reload_arguments(parser: argparse.ArgumentParser) -> None:
+    # What the unit itself calls: of the watchdog, not of systemd.
+    parser.add_argument("--direct", action="store_true", help=argparse.SUPPRESS)
+
+
 def _reload(args: argparse.Namespace) -> int:
     settings = load_settings(args.config)  # a file that is wrong is refused here already
-    _request(settings, "reload", 30.0)
+    manager = _manager(settings) if is_running(settings) and not args.direct else None
+    if manager is None:
+        _request(settings, "reload", 30.0)
+    else:
+        _call(manager, settings, "reload", units.SERVICE)
     print("The configuration has been read again.")
+    if args.direct:
+        return OK
     _tell_concerned(settings)
     return OK
 
@@ -382,7 +459,7 @@ def _upgrade(args: argparse.Namespace) -> int:
         else:
             state, pid = status["watchdog"]["upgrade"], status["watchdog"]["pid"]
             if state == "replacing children":
-                deadline = max(deadline, time.monotonic() + _stop_budget(settings))
+                deadline = max(deadline, time.monotonic() + stop_budget(settings))
         if time.monotonic() > deadline:
             raise Refusal(f"the upgrade is not through: {state}; look at `status` and `events`")
     if state.startswith("failed: "):
@@ -444,8 +521,8 @@ COMMANDS = {
     "stop": Command(_no_arguments, _stop),
     "restart": Command(_no_arguments, _restart),
     "try-restart": Command(_no_arguments, _restart),
-    "reload": Command(_no_arguments, _reload),
-    "force-reload": Command(_no_arguments, _reload),
+    "reload": Command(_reload_arguments, _reload),
+    "force-reload": Command(_reload_arguments, _reload),
     "upgrade": Command(_no_arguments, _upgrade),
     "execsvc": Command(_execsvc_arguments, _execsvc),
 }

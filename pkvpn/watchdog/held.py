@@ -35,9 +35,11 @@ class HeldDescriptors:
     def __init__(self) -> None:
         self._open: dict[str, tuple[HeldSpec, list[int]]] = {}
 
-    def open(self, spec: HeldSpec, *, anew: bool = False) -> bool:
+    def open(self, spec: HeldSpec, inherited: Iterable[int] = (), *, anew: bool = False) -> bool:
         """Open ``spec`` unless it is open with the same key; True if anything was opened.
 
+        ``inherited``: what somebody before us held under the name: the opener goes on with it as
+        with what is open, and makes what is missing.
         ``anew``: also if it is open.
 
         What was open under the name is closed after the new one is there.
@@ -46,12 +48,17 @@ class HeldDescriptors:
         before = self._open.get(spec.name)
         if before is not None and before[0] == spec and not anew:
             return False
-        descriptors = spec.open()
+        if inherited := list(inherited):
+            spec.adopt(inherited)
+        try:
+            descriptors = spec.open()
+        finally:
+            close_all(inherited)
         for fd in descriptors:
             os.set_inheritable(fd, False)
         self._open[spec.name] = (spec, descriptors)
         if before is not None:
-            _close(before[1])
+            close_all(before[1])
         return True
 
     def adopt(self, spec: HeldSpec, descriptors: list[int]) -> None:
@@ -61,7 +68,7 @@ class HeldDescriptors:
     def keep_only(self, names: set[str]) -> None:
         """Close what a reload no longer names."""
         for name in set(self._open) - names:
-            _close(self._open.pop(name)[1])
+            close_all(self._open.pop(name)[1])
 
     def descriptors(self, name: str) -> list[int]:
         return self._open[name][1]
@@ -101,7 +108,7 @@ class Kept:
             why = self._take(message, fds, truncated=bool(flags & socket.MSG_CTRUNC))
             if why:
                 self.refused += 1
-                _close(fds)
+                close_all(fds)
                 with contextlib.suppress(OSError):
                     gifts.send(REFUSED + message[1:] + b"\0" + why.encode())
 
@@ -128,7 +135,7 @@ class Kept:
         if what == DROP and not fds:
             fd = self.descriptors.pop(key, None)
             if fd is not None:
-                _close([fd])
+                close_all([fd])
             return ""
         if what != GIVE or not key:
             return "not a message that gives or drops"
@@ -148,16 +155,16 @@ class Kept:
             os.close(fds[0])
         before = self.descriptors.pop(key, None)
         if before is not None:
-            _close([before])
+            close_all([before])
         self.descriptors[key] = high
         return ""
 
     def close(self) -> None:
-        _close(self.descriptors.values())
+        close_all(self.descriptors.values())
         self.descriptors.clear()
 
 
-def _close(descriptors: Iterable[int]) -> None:
+def close_all(descriptors: Iterable[int]) -> None:
     for fd in descriptors:
         with contextlib.suppress(OSError):
             _clear_linger(fd)

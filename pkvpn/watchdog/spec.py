@@ -49,6 +49,8 @@ class ChildSpec:
     keep_limit: int = 0  # how many descriptors it may give to be kept for its successors
     oom_score_adj: int = 0
     confinement: Confinement | None = None  # None: it may what the watchdog may
+    # Without it the tree does no good: the service manager is to replace all of it then.
+    vital: bool = True
     # A second process is forked ahead and waits, all prepared, in `Child.stand_by`, which the
     # target calls: the successor is there before it is needed.
     standby: bool = False

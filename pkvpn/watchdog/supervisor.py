@@ -26,9 +26,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from pkvpn.watchdog import control, instance, machine, procfs, report, sweep, upgrade
+from pkvpn.watchdog import control, fdstore, instance, machine, procfs, report, sweep, upgrade
 from pkvpn.watchdog.child import ALL_SIGNALS, Birth, next_moment
-from pkvpn.watchdog.held import HeldDescriptors
+from pkvpn.watchdog.held import HeldDescriptors, close_all
 from pkvpn.watchdog.home import Home
 from pkvpn.watchdog.incarnation import ChildEnds, Incarnation
 from pkvpn.watchdog.lifeline import FRAME_SIZE, CorruptLifeline, Kind, Order, Said
@@ -135,8 +135,11 @@ class Supervisor:
             self._archive = upgrade.copy_package(self._spec.upgrade.package)
         self._open_log({name: _log_channel() for name in self._senders(self._spec)})
         try:
+            inherited = fdstore.take_inherited(os.environ, os.getpid())
             for held in self._spec.held:
-                self._held.open(held)
+                self._held.open(held, inherited.pop(held.name, ()))
+            for descriptors in inherited.values():
+                close_all(descriptors)  # nobody here knows what they are
             self._listen(control.listen(os.path.join(self._spec.runtime_dir, _CONTROL_NAME)))
         except Exception as error:  # noqa: BLE001 - an opener is the daemon author's
             # Nobody is there yet who could write it down.
@@ -320,7 +323,7 @@ class Supervisor:
             self._home_at = math.inf
             self._contain(None, lambda: self._look_home(now), now)
         self._contain(None, lambda: self._advance(now), now)
-        if self._state() == State.UP.value:
+        if self._is_good():
             self._manager.feed(now)
         if self._strangers:
             self._strangers = False
@@ -1233,6 +1236,17 @@ class Supervisor:
         worst = (State.FAILED, State.FAILING, State.BACKOFF, State.STOPPING, State.STARTING)
         return next((state.value for state in worst if state in found), State.UP.value)
 
+    def _is_good(self) -> bool:
+        """Whether there is nothing that only another watchdog could mend."""
+        return self._told_ready and (
+            self._tree.stopping
+            or all(
+                slot.machine.state is State.UP or is_over(slot.machine)
+                for slot in self._slots.values()
+                if slot.spec.vital
+            )
+        )
+
     def _extra_status(self) -> dict[str, Any]:
         return self._more_status() if self._more_status is not None else {}
 
@@ -1253,6 +1267,7 @@ class Supervisor:
             duties=("write",),
             stop_timeout=2.0,
             confinement=spec.log_confinement,
+            vital=False,  # a disk that is full is no reason to end what serves
         )
         return [log, *spec.children]
 

@@ -162,7 +162,7 @@ def test_a_stop_that_takes_too_long_names_what_is_left(
     place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake = place.fake(stop_takes="never")
-    monkeypatch.setattr(service, "_stop_budget", lambda _settings: 0.3)
+    monkeypatch.setattr(service, "stop_budget", lambda _settings: 0.3)
 
     assert place.vpnserver("stop") == 1
     assert f"still there: pid {fake.pid}" in capsys.readouterr().err

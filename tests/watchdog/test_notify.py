@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pkvpn.watchdog.notify import Notify
+from pkvpn.watchdog.policy import RestartPolicy
 from tests.support import eventually
 from tests.watchdog.running import child, running, spec_in
 
@@ -88,3 +89,31 @@ def test_a_tree_tells_its_life(tmp_path: Path, manager: Manager) -> None:
         tree.ask("stop")
         assert tree.wait_end() == 0
         assert "STOPPING=1" in manager.listen()
+
+
+@pytest.mark.slow
+def test_it_is_fed_while_what_is_vital_is_well(tmp_path: Path, manager: Manager) -> None:
+    def started_by_it() -> None:
+        os.environ.update(NOTIFY_SOCKET=manager.path, WATCHDOG_USEC="300000")
+        os.environ.pop("WATCHDOG_PID", None)
+
+    def is_fed() -> bool:
+        told = len(manager.listen())
+        eventually(lambda: tree.status()["watchdog"]["uptime"] > since + 1.0)
+        return "WATCHDOG=1" in manager.listen()[told + 1 :]
+
+    spec = spec_in(
+        tmp_path,
+        child("one", policy=RestartPolicy(first=60.0, cap=60.0)),
+        child("two", vital=False, policy=RestartPolicy(first=60.0, cap=60.0)),
+    )
+    with running(tmp_path, spec, before=started_by_it) as tree:
+        # After a wild death the first restart waits for its time.
+        tree.signal(signal.SIGABRT, "two")
+        eventually(lambda: tree.child("two")["state"] == "backoff")
+        since = tree.status()["watchdog"]["uptime"]
+        assert is_fed()
+        tree.signal(signal.SIGABRT, "one")
+        eventually(lambda: tree.child("one")["state"] == "backoff")
+        since = tree.status()["watchdog"]["uptime"]
+        assert not is_fed()

@@ -1,0 +1,1 @@
+"""Service Mode: the VPN server as a unit of systemd."""
