@@ -30,12 +30,17 @@ _DIRECTORIES = {
     "/var/log/": ("LogsDirectory", "0755"),
 }
 
-# What the tree does as root: ports below 1024; TAPs, bridges and the buffers of its channels; its
-# priority; OOM scores and limits.
-_CAPABILITIES = ("CAP_NET_BIND_SERVICE", "CAP_NET_ADMIN", "CAP_SYS_NICE", "CAP_SYS_RESOURCE")
+# What the watchdog keeps, and each child gives up again but for what it is there for: ports below
+# 1024; TAPs, bridges and large buffers; users for the children, to look at them and to end them;
+# files of anybody; priority, OOM scores and limits.
+CAPABILITIES = (
+    "CAP_NET_BIND_SERVICE", "CAP_NET_ADMIN", "CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP", "CAP_KILL",
+    "CAP_SYS_PTRACE", "CAP_DAC_OVERRIDE", "CAP_DAC_READ_SEARCH", "CAP_CHOWN", "CAP_FOWNER",
+    "CAP_SYS_NICE", "CAP_SYS_RESOURCE",
+)  # fmt: skip
 
 _HARDENING = (
-    f"CapabilityBoundingSet={' '.join(_CAPABILITIES)}",
+    f"CapabilityBoundingSet={' '.join(CAPABILITIES)}",
     "NoNewPrivileges=yes",
     "ProtectSystem=strict",
     # The program itself may be installed there.
@@ -56,7 +61,9 @@ _HARDENING = (
     "LockPersonality=yes",
     "MemoryDenyWriteExecute=yes",
     "SystemCallArchitectures=native",
-    "SystemCallFilter=@system-service",
+    # The second: what the children confine themselves with.
+    ("SystemCallFilter=@system-service seccomp landlock_create_ruleset landlock_add_rule"
+    " landlock_restrict_self"),
     "SystemCallErrorNumber=EPERM",
     "KeyringMode=private",
 )
@@ -154,9 +161,6 @@ def _service_lines(plan: Plan) -> Iterator[str]:
     yield "LimitCORE=0"
     yield "TasksMax=infinity"
     yield "OOMPolicy=continue"
-    if not plan.user:
-        # The watchdog is the last to go; its children start from 0 again.
-        yield "OOMScoreAdjust=-900"
     if not plan.user:
         yield "LimitNOFILE=524288"
         yield from _HARDENING

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from pkvpn import app
 from pkvpn.service import units
 
 PLAN = units.Plan(
@@ -68,6 +69,12 @@ def test_a_users_unit_asks_for_nothing_that_takes_rights() -> None:
     unit = settings(units.service_unit(replace(PLAN, user=True)))
     assert unit["WantedBy"] == ["default.target"]
     assert not {"CapabilityBoundingSet", "ProtectSystem", "StateDirectory"} & set(unit)
+
+
+def test_the_unit_leaves_the_watchdog_what_it_keeps() -> None:
+    kept = {f"CAP_{name.upper()}" for name in app._WATCHDOG_KEEPS}
+    unit = settings(units.service_unit(PLAN))
+    assert {*unit["CapabilityBoundingSet"][0].split()} == kept
 
 
 def test_sockets_of_systemd_are_needed_before_the_service() -> None:
