@@ -62,8 +62,10 @@ _HARDENING = (
     "MemoryDenyWriteExecute=yes",
     "SystemCallArchitectures=native",
     # The second: what the children confine themselves with.
-    ("SystemCallFilter=@system-service seccomp landlock_create_ruleset landlock_add_rule"
-    " landlock_restrict_self"),
+    (
+        "SystemCallFilter=@system-service seccomp landlock_create_ruleset landlock_add_rule"
+        " landlock_restrict_self"
+    ),
     "SystemCallErrorNumber=EPERM",
     "KeyringMode=private",
 )
