@@ -13,16 +13,17 @@ import logging
 import os
 import socket
 import sys
+import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pkvpn import logs
 from pkvpn.cli import complain
 from pkvpn.client.canary_main import REACH_CORE, REACH_EDGE, TRIES, CanarySettings
 from pkvpn.client.canary_main import main as canary_main
-from pkvpn.config import ConfigError, Settings, load, make_directories
+from pkvpn.config import CORE_USER, EDGE_USER, ConfigError, Settings, load, make_directories
 from pkvpn.core.main import main as core_main
 from pkvpn.core.settings import CoreSettings
 from pkvpn.core.store import StoreError, read_bridges
@@ -31,8 +32,9 @@ from pkvpn.edge.main import main as edge_main
 from pkvpn.keyholder import KeyHolder
 from pkvpn.listeners import Listeners
 from pkvpn.taps import Taps
+from pkvpn.users import UserError, find_user, hand_over, let_through
 from pkvpn.watchdog import control
-from pkvpn.watchdog.confinement import NO_CORE, Confinement, Network
+from pkvpn.watchdog.confinement import NO_CORE, Confinement, Files, Network, User
 from pkvpn.watchdog.logchild import LogSettings
 from pkvpn.watchdog.policy import OnLimit, RestartPolicy
 from pkvpn.watchdog.run import run_tree
@@ -63,6 +65,40 @@ _CHANNEL_BUFFER = 4 << 20
 _CANARY_SECRET = 32
 
 
+# Children import late what they seldom need, and tracebacks show lines of it; and the database
+# library wants random numbers.
+_CODE = (
+    *dict.fromkeys(map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib"))),
+    os.path.dirname(os.path.abspath(__file__)),
+    "/dev/urandom",
+    os.devnull,
+)  # fmt: skip
+
+
+class Users(NamedTuple):
+    """As whom the children run; None: as the watchdog does."""
+
+    core: User | None = None
+    edge: User | None = None
+
+
+def find_users(settings: Settings) -> Users:
+    """In Service Mode those of the settings, or the usual ones if they are there.
+
+    Raises UserError for one that the settings name and that is not there.
+    """
+    if settings.mode != "service":
+        return Users()
+    found = []
+    for key, usual in (("core_user", CORE_USER), ("edge_user", EDGE_USER)):
+        named = getattr(settings.service, key)
+        user = find_user(named or usual)
+        if named and user is None:
+            raise UserError(f'[service] {key} = "{named}": there is no such user')
+        found.append(user)
+    return Users(*found)
+
+
 class Service:
     """Holds what outlives a change of settings, and makes the tree's spec of each."""
 
@@ -77,6 +113,7 @@ class Service:
         """``sandbox`` False: whatever the settings say, there is none."""
         self.settings = settings
         self._keys = KeyHolder(tell)
+        self._users = Users()
         self._foreground = foreground
         self._sandbox = sandbox
         self.listeners = Listeners()
@@ -85,8 +122,9 @@ class Service:
 
     def tree(self, settings: Settings) -> TreeSpec:
         """The spec for these settings.  Raises StoreError if the database cannot be read."""
-        bridges = self._taps.held(read_bridges(str(settings.service.state_dir)))
-        self.settings = settings
+        users = find_users(settings)
+        bridges = self._taps.held(read_bridges(str(settings.core_dir)))
+        self.settings, self._users = settings, users
         edges = [f"edge-{i + 1}" for i in range(settings.edge_processes(os.cpu_count() or 1))]
         return TreeSpec(
             name="pkvpn",
@@ -166,7 +204,7 @@ class Service:
 
     def _core(self, bridges: tuple[str, ...]) -> ChildSpec:
         settings = CoreSettings(
-            state_dir=str(self.settings.service.state_dir),
+            state_dir=str(self.settings.core_dir),
             session_timeout=self.settings.edge.idle_timeout,
             refused_bridges=self._taps.refused,
         )
@@ -175,7 +213,9 @@ class Service:
             held=("channel:core", "admin", "canary", *bridges), duties=("switch", "login", "store"),
             keep_limit=1,  # what it was working on when it died
             confinement=self._confined(
-                Network.UNTIL_TURN, limits=(("fsize", _CORE_FILE_MAX), ("nofile", _FEW_FILES))
+                Network.UNTIL_TURN, self._users.core, CORE_USER,
+                limits=(("fsize", _CORE_FILE_MAX), ("nofile", _FEW_FILES)),
+                files=Files(_CODE, (str(self.settings.core_dir),)),
             ),
             standby=self.settings.watchdog.standby,
         )  # fmt: skip
@@ -200,7 +240,9 @@ class Service:
                 ),
             ),
             keep_limit=self.settings.watchdog.given_max, standby=self.settings.watchdog.standby,
-            confinement=self._confined(Network.UNTIL_TURN),
+            confinement=self._confined(
+                Network.UNTIL_TURN, self._users.edge, EDGE_USER, files=Files(_CODE)
+            ),
         )  # fmt: skip
 
     def _canary(self, edges: list[str]) -> ChildSpec:
@@ -212,7 +254,10 @@ class Service:
         return self._child(
             "canary", canary_main, settings, held=("canary",), duties=(REACH_EDGE, REACH_CORE),
             oom_score_adj=_CANARY_OOM,
-            confinement=self._confined(Network.FREE, limits=(("nofile", _FEW_FILES),)),
+            confinement=self._confined(
+                Network.FREE, self._users.edge, EDGE_USER,
+                limits=(("nofile", _FEW_FILES),), files=Files(_CODE),
+            ),
             accuses=(
                 Accuses(REACH_EDGE, tuple(edges), times=TRIES, excused_by=("accept", "login")),
                 Accuses(REACH_CORE, ("core",), times=TRIES, excused_by=("login",)),
@@ -249,14 +294,22 @@ class Service:
     def _confined(
         self,
         network: Network,
+        user: User | None = None,
+        default_user: str = "",
         *,
         capabilities: tuple[str, ...] = (),
         limits: tuple[tuple[str, int], ...] = (),
+        files: Files | None = None,
     ) -> Confinement:
+        sandbox = self._sandbox and self.settings.service.sandbox
+        missing = default_user and user is None and self.settings.mode == "service"
         return Confinement(
+            user=user,
+            why_no_user=f"there is no user {default_user}" if missing else "",
             capabilities=capabilities,
             limits=(NO_CORE, *limits),
-            calls=self._sandbox and self.settings.service.sandbox,
+            files=files if sandbox else None,
+            calls=sandbox,
             network=network,
         )
 
@@ -316,11 +369,14 @@ def execsvc(
     tell = _teller(ready_fd) if ready_fd is not None else _print_start
     service = Service(settings, foreground=foreground, sandbox=not no_sandbox, tell=tell)
     try:
-        spec = service.tree(settings)
         if check:
+            service.tree(settings)
             return 0
         os.umask(0o077)
-        make_directories(settings)
+        prepare_directories(settings)
+        spec = service.tree(settings)
+        if resume_fd is None:
+            _tell_missing_users(settings, tell)
         _leave_directory()
         logging.getLogger().setLevel(settings.log.level.upper())
         return run_tree(
@@ -333,6 +389,23 @@ def execsvc(
     except (ConfigError, StoreError, OSError) as error:
         tell({"error": str(error), "code": EXIT_START_FAILED})
         return EXIT_START_FAILED
+
+
+def _tell_missing_users(settings: Settings, tell: Callable[[dict[str, Any]], None]) -> None:
+    missing = zip((CORE_USER, EDGE_USER), find_users(settings), strict=True)
+    names = " and ".join(name for name, user in missing if user is None)
+    if names and settings.mode == "service":
+        tell({"progress": f"there is no user {names}: what should run as one runs as root, "
+                          "without its capabilities; `install` makes them"})  # fmt: skip
+
+
+def prepare_directories(settings: Settings) -> None:
+    """Make them, and hand to the core what is the core's.  Raises ConfigError, OSError."""
+    make_directories(settings)
+    if settings.mode == "service":
+        user = find_users(settings).core
+        let_through(settings.service.state_dir, user)
+        hand_over(settings.core_dir, user)
 
 
 def _leave_directory() -> None:

@@ -19,6 +19,9 @@ from typing import Any, NamedTuple, TypeVar
 # sun_path has 108 bytes, the last one a NUL (unix(7)).
 SOCKET_PATH_MAX = 107
 
+# Made by `install`.
+CORE_USER, EDGE_USER = "pkvpn-core", "pkvpn-edge"
+
 # The ports of the manual, in the order in which clients try them.
 DEFAULT_PORTS = (443, 992, 8888)
 
@@ -125,6 +128,18 @@ def _switch(default: bool, doc: str) -> Any:
     return field(default=default, metadata={"key": Key(doc, "true or false", read)})
 
 
+def _user(doc: str, shown: str) -> Any:
+    def read(value: Any) -> str:
+        if not isinstance(value, str) or not value or "\0" in value:
+            raise ValueError
+        return value
+
+    key = Key(
+        doc, "the name of a user other than root", read, f"`{shown}`, if there is such a user"
+    )
+    return field(default=None, metadata={"key": key})
+
+
 def _path(doc: str, shown: str) -> Any:
     def read(value: Any) -> Path:
         if not isinstance(value, str) or not value or "\0" in value:
@@ -193,6 +208,14 @@ class Service:
         19,
         "Priority that is asked for (nice); negative is high. Where the system does not allow it, "
         "the service runs at the priority it was started with.",
+    )
+    core_user: str | None = _user(
+        "As whom the core runs in Service Mode; `core` in the state directory is handed over to "
+        "this user. Without the default one it runs as root, who has no capabilities there.",
+        CORE_USER,
+    )
+    edge_user: str | None = _user(
+        "As whom the edges and the canary run in Service Mode.", EDGE_USER
     )
     sandbox: bool = _switch(
         True,
@@ -397,6 +420,11 @@ class Settings:
         """The certificate and its key; those that are made if there are none."""
         state = self.service.state_dir
         return self.edge.certificate or state / "server.crt", self.edge.key or state / "server.key"
+
+    @property
+    def core_dir(self) -> Path:
+        """What belongs to the core alone: the database and the secret of the session keys."""
+        return self.service.state_dir / "core"
 
     @property
     def lock_file(self) -> Path:
@@ -731,6 +759,25 @@ def make_directories(settings: Settings) -> None:
     check_runtime_dir(settings)
     # What we made in another's would not be his, and what he put there is not to be believed.
     _check_directory(service.state_dir, "state_dir", {os.geteuid()})
+    _make_core_dir(settings)
+
+
+def _make_core_dir(settings: Settings) -> None:
+    """Before the core had a directory of its own its files lay in the state directory: move them.
+
+    The database last: while it is at its old place, the rest is looked for as well.
+    """
+    try:
+        settings.core_dir.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise ConfigError([f"{settings.core_dir}: cannot be made: {error.strerror}"]) from None
+    for name in ("session.key", "pkvpn.db-shm", "pkvpn.db-wal", "pkvpn.db"):
+        old, new = settings.service.state_dir / name, settings.core_dir / name
+        try:
+            if old.exists() and not new.exists():
+                old.rename(new)
+        except OSError as error:
+            raise ConfigError([f"{old}: cannot be moved to {new}: {error.strerror}"]) from None
 
 
 # --- writing -------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ ALLOWED: dict[str, set[str]] = {
         "pkvpn.watchdog.sandbox",
         "pkvpn.watchdog.spec",
     },
+    "pkvpn.users": {"pkvpn.watchdog.confinement"},
     "pkvpn.watchdog": set(),
     "pkvpn.protocol": set(),
     "pkvpn.channel": {"pkvpn.protocol"},

@@ -16,9 +16,9 @@ import os
 import sys
 from pathlib import Path
 
-from pkvpn.app import Service
+from pkvpn.app import Service, prepare_directories
 from pkvpn.chaos.injector import inject
-from pkvpn.config import load, make_directories
+from pkvpn.config import load
 from pkvpn.watchdog.child import set_death_signal
 from pkvpn.watchdog.run import run_tree
 from pkvpn.watchdog.spec import TreeSpec
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
 
     if args.resume_fd is None:
         os.umask(0o077)
-        make_directories(settings)
+        prepare_directories(settings)
     logging.getLogger().setLevel(settings.log.level.upper())
     return run_tree(
         tree(),

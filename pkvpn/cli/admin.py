@@ -226,7 +226,7 @@ def _who_answers(settings: Settings, noun: str) -> Iterator[Ask]:
 
     make_directories(settings)
     try:
-        with closing(Store(str(settings.service.state_dir))) as store:
+        with closing(Store(str(settings.core_dir))) as store:
             yield Control(store).answer
     except (Refused, StoreError) as error:
         raise Refusal(str(error)) from None

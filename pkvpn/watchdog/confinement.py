@@ -46,6 +46,7 @@ class Confinement:
     """
 
     user: User | None = None  # None: the watchdog's own
+    why_no_user: str = ""
     capabilities: tuple[str, ...] = ()  # that are kept, if we have any
     limits: tuple[tuple[str, int], ...] = (NO_CORE,)
     files: Files | None = None  # by Landlock; None: what the user may

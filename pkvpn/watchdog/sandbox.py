@@ -99,7 +99,7 @@ def describe(confinement: Confinement | None, able: Abilities) -> dict[str, str]
     kept = "+".join(confinement.capabilities)
     switched_off = "off"
     return {
-        "user": user.name if user is not None else "as the watchdog",
+        "user": user.name if user is not None else _as_the_watchdog(confinement.why_no_user),
         "capabilities": (kept or "none") if able.root else "none",
         "new privileges": "none",
         "dumpable": "no" if able.root else "yes: in User Mode the watchdog could not look either",
@@ -115,6 +115,10 @@ def describe(confinement: Confinement | None, able: Abilities) -> dict[str, str]
             else "on" if able.seccomp else "this kernel or machine has none"
         ),
     }  # fmt: skip
+
+
+def _as_the_watchdog(why: str) -> str:
+    return f"as the watchdog ({why})" if why else "as the watchdog"
 
 
 # --- in the child ---------------------------------------------------------------------------------

@@ -250,6 +250,24 @@ def test_directories_are_made_for_their_user_only(tmp_path: Path) -> None:
         config.make_directories(wrong)
 
 
+def test_what_belongs_to_the_core_is_moved_to_its_directory(tmp_path: Path) -> None:
+    environ = {"XDG_STATE_HOME": str(tmp_path / "s"), "XDG_RUNTIME_DIR": str(tmp_path / "r")}
+    settings = load(None, environ=environ, uid=1000)
+    state = settings.service.state_dir
+    state.mkdir(parents=True)
+    for name in ("pkvpn.db", "pkvpn.db-wal", "session.key", "server.key"):
+        (state / name).write_text(name)
+    config.make_directories(settings)
+    assert sorted(path.name for path in state.iterdir()) == ["core", "server.key"]
+    assert settings.core_dir.stat().st_mode & 0o777 == 0o700
+    for name in ("pkvpn.db", "pkvpn.db-wal", "session.key"):
+        assert (settings.core_dir / name).read_text() == name
+
+    (state / "pkvpn.db").write_text("put there by somebody")
+    config.make_directories(settings)
+    assert (settings.core_dir / "pkvpn.db").read_text() == "pkvpn.db"
+
+
 def test_a_state_directory_of_somebody_else_is_refused(tmp_path: Path) -> None:
     environ = {"XDG_STATE_HOME": str(tmp_path / "s"), "XDG_RUNTIME_DIR": str(tmp_path / "r")}
     settings = load(None, environ=environ, uid=1000)

@@ -26,7 +26,7 @@ def test_a_secret_lies_only_where_it_is_used(service: Service) -> None:
     number = private.private_numbers().private_value
     secrets = {
         "edge": [pem[60:120], *(number.to_bytes(32, order) for order in ("big", "little"))],
-        "core": [(state / "session.key").read_bytes()],
+        "core": [(state / "core/session.key").read_bytes()],
     }
     service.cli("reload")
     before = {name: service.pid(name) for name in service.children()}

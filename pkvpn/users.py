@@ -1,0 +1,101 @@
+"""The system users as which core and edges run in Service Mode, and what belongs to them.
+
+Strategy: users are found by name and made by `install` only.  The core's directory, and what lies
+in it, is handed over at each start to whomever the core runs as now: root's tools may have made
+files in it while the service was stopped.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import stat
+import subprocess
+from pathlib import Path
+
+from pkvpn.watchdog.confinement import User
+
+_TIMEOUT = 30.0
+
+
+class UserError(OSError):
+    """A user that is not there or cannot be made; names it and why."""
+
+
+def find_user(name: str) -> User | None:
+    """Raises UserError for root, whose rights nobody is to be given in this way."""
+    try:
+        found = pwd.getpwnam(name)
+    except KeyError:
+        return None
+    if found.pw_uid == 0:
+        raise UserError(f"user {name} is root; core and edges run as users without rights")
+    return User(name, found.pw_uid, found.pw_gid)
+
+
+def make_users(names: tuple[str, ...]) -> list[str]:
+    """Make those that are missing, each with a group of its own; returns their names.
+
+    They have no home, no shell and no password.  Needs root.  Raises UserError.
+    """
+    made = []
+    for name in names:
+        if find_user(name) is not None:
+            continue
+        command = _command(name)
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=_TIMEOUT, check=False
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise UserError(f"user {name}: {' '.join(command)}: {error}") from None
+        if done.returncode:
+            why = done.stderr.strip() or f"exit code {done.returncode}"
+            raise UserError(f"user {name}: {' '.join(command)}: {why}")
+        made.append(name)
+    return made
+
+
+def _command(name: str) -> list[str]:
+    """As this system makes one: shadow (most), or busybox (Alpine)."""
+    if shutil.which("useradd"):
+        return [
+            "useradd", "--system", "--user-group", "--no-create-home",
+            "--home-dir", "/nonexistent", "--shell", "/usr/sbin/nologin", name,
+        ]  # fmt: skip
+    if shutil.which("adduser"):
+        return ["adduser", "-S", "-D", "-H", "-h", "/nonexistent", "-s", "/sbin/nologin", name]
+    raise UserError(f"user {name}: there is neither useradd nor adduser to make it")
+
+
+def hand_over(directory: Path, user: User | None) -> None:
+    """Give the directory, and the files in it, to ``user`` (None: to root).
+
+    To be called as root.  Whoever owned it before may have put there what it likes: only plain
+    files that have no other name are given away, and no link is followed.  Raises OSError.
+    """
+    uid, gid = (user.uid, user.gid) if user is not None else (0, 0)
+    top = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        for name in os.listdir(top):
+            try:
+                fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=top)
+            except FileNotFoundError:
+                continue
+            try:
+                found = os.fstat(fd)
+                if stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and found.st_uid != uid:
+                    os.chown(f"/proc/self/fd/{fd}", uid, gid)
+            finally:
+                os.close(fd)
+        os.fchown(top, uid, gid)
+    finally:
+        os.close(top)
+
+
+def let_through(directory: Path, user: User | None) -> None:
+    """Let ``user`` pass to what lies below, and see nothing.  Raises OSError."""
+    if user is not None:
+        os.chown(directory, -1, user.gid)
+        os.chmod(directory, 0o710)  # noqa: S103 - of this group is that user alone

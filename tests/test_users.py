@@ -1,0 +1,76 @@
+"""The users of Service Mode, and what is handed over to them."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from pkvpn.users import UserError, find_user, hand_over, let_through, make_users
+from pkvpn.watchdog.confinement import User
+
+SOMEBODY = User("somebody", 4711, 4712)
+
+
+def test_a_user_is_found_by_name_and_root_is_none() -> None:
+    nobody = find_user("nobody")
+    assert nobody is not None
+    assert (nobody.name, nobody.uid > 0) == ("nobody", True)
+    assert find_user("no-such-user-here") is None
+    with pytest.raises(UserError, match="root is root"):
+        find_user("root")
+
+
+def test_users_that_are_there_are_not_made_and_others_by_the_tool_of_the_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = tmp_path / "useradd"
+    tool.write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/told\n[ "$8" != bad-user ]\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert make_users(("nobody", "good-user")) == ["good-user"]
+    told = (tmp_path / "told").read_text()
+    assert told.startswith("--system ")
+    assert told.endswith(" good-user\n")
+    tool.write_text("#!/bin/sh\necho no room >&2\nexit 1\n")
+    with pytest.raises(UserError, match=r"user bad-user: useradd .*: no room"):
+        make_users(("bad-user",))
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match="neither useradd nor adduser"):
+        make_users(("bad-user",))
+
+
+@pytest.mark.root
+def test_only_plain_files_of_one_name_are_handed_over(tmp_path: Path) -> None:
+    """Whoever had the directory may have put there a way to somebody else's file."""
+    core, secret = tmp_path / "core", tmp_path / "secret"
+    core.mkdir()
+    secret.touch()
+    (core / "pkvpn.db").touch()
+    (core / "symbolic").symlink_to(secret)
+    (core / "hard").hardlink_to(secret)
+    hand_over(core, SOMEBODY)
+
+    def owner(path: Path) -> tuple[int, int]:
+        found = path.lstat()
+        return found.st_uid, found.st_gid
+
+    assert owner(core) == owner(core / "pkvpn.db") == (4711, 4712)
+    assert owner(secret) == owner(core / "hard") == owner(core / "symbolic") == (0, 0)
+    hand_over(core, None)
+    assert owner(core) == owner(core / "pkvpn.db") == (0, 0)
+    (tmp_path / "link").symlink_to(core)
+    with pytest.raises(OSError, match="link"):
+        hand_over(tmp_path / "link", SOMEBODY)
+
+
+@pytest.mark.root
+def test_somebody_is_let_through_and_sees_nothing(tmp_path: Path) -> None:
+    let_through(tmp_path, SOMEBODY)
+    found = tmp_path.stat()
+    assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (0, 4712, 0o710)
+    tmp_path.chmod(0o700)
+    let_through(tmp_path, None)
+    assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o700
