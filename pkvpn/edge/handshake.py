@@ -269,6 +269,9 @@ class OpenSSLRecords:
             self.peer_closed = True
         except ssl.SSLError as error:
             raise TLSError(Alert.DECODE_ERROR, error.reason or str(error)) from None
+        if self._outgoing.pending:
+            # It refuses each handshake that is asked for, into memory that has no limit.
+            raise TLSError(Alert.UNEXPECTED_MESSAGE, "client asks for a new handshake")
         self._scratch, self._end = scratch, end
         return at, end
 

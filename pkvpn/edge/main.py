@@ -433,8 +433,11 @@ class Edge:
         for conn in list(self._sleeping):
             fd = self._given.get(_key(conn), -1)
             if conn in self._sleeping and fd >= 0:
-                self._epoll.register(fd, select.EPOLLIN)
-                self._asleep_at[fd] = conn
+                try:
+                    self._epoll.register(fd, select.EPOLLIN)
+                    self._asleep_at[fd] = conn
+                except OSError:
+                    self._find(conn)  # it is no socket, and will say so
                 yield False
         self._urgent = False
         for conn in list(self._sleeping):
@@ -442,7 +445,7 @@ class Edge:
             yield False
         # No slot tells of the others: they died in their handshakes, or their slots made no sense.
         for key, fd in self._given.items():
-            socket.socket(fileno=fd).close()
+            os.close(fd)
             self._drop(key)
             yield False
         self._given.clear()
@@ -459,8 +462,8 @@ class Edge:
             return self._peers.get(conn)
         slot = self._checkpoint.slot(index)
         sock = None
+        fd = self._given.pop(_key(conn), None)
         try:
-            fd = self._given.pop(_key(conn), None)
             if fd is None:
                 raise CheckpointError(f"slot {index}: nobody has its descriptor")
             sock = socket.socket(fileno=fd)
@@ -474,7 +477,9 @@ class Edge:
                 if self._asleep_at.pop(sock.fileno(), None) is not None:
                     self._epoll.unregister(sock)
                 sock.close()
-            self._checkpoint.give_back(slot)
+            elif fd is not None:
+                os.close(fd)
+            self._give_back(slot)
             return None
         return peer
 
@@ -1360,10 +1365,13 @@ class Edge:
             # Its slot will be another's: whoever still knows it must not write there.
             connection.slot, connection.mode = None, Mode.CLOSING
         if peer.slot is not None:
-            rx_at, _ = peer.slot.rings_at()
-            self._checkpoint.give_back(peer.slot)
-            # Both rings, which stand side by side.
-            self._punch(rx_at, len(peer.slot.rx_memory) + len(peer.slot.tx_memory))
+            self._give_back(peer.slot)
+
+    def _give_back(self, slot: Slot) -> None:
+        """The slot, and the memory of both its rings, which stand side by side."""
+        rx_at, _ = slot.rings_at()
+        self._checkpoint.give_back(slot)
+        self._punch(rx_at, len(slot.rx_memory) + len(slot.tx_memory))
 
     def _epoll_forget(self, peer: Peer) -> None:
         if self._by_fd.pop(peer.fd, None) is not None:

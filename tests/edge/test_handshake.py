@@ -1,5 +1,6 @@
 """The handshake by OpenSSL, and both record layers talking after it."""
 
+import hmac
 import itertools
 import os
 import socket
@@ -9,9 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from pkvpn.edge import handshake, tls_records
-from pkvpn.edge.handshake import Handshake, HandshakeError, KeyLog
+from pkvpn.edge.connection import scratch_size
+from pkvpn.edge.handshake import Handshake, HandshakeError, KeyLog, OpenSSLRecords
+from pkvpn.edge.rings import Ring
 from pkvpn.edge.tls_records import (
     ALERT,
     APPLICATION_DATA,
@@ -108,6 +112,53 @@ def test_tls_12_stays_with_openssl(context: ssl.SSLContext, key_log: KeyLog) -> 
         to_server = client.shake(to_client)
     assert server.secrets() is None
     assert server.describe("openssl").startswith("TLSv1.2 openssl ECDHE-")
+
+
+def _expand_12(master: bytes, seed: bytes, size: int) -> bytes:
+    """The PRF of TLS 1.2 (RFC 5246 5) with SHA-384."""
+    out, a = b"", seed
+    while len(out) < size:
+        a = hmac.digest(master, a, "sha384")
+        out += hmac.digest(master, a + seed, "sha384")
+    return out[:size]
+
+
+def test_who_asks_openssl_for_a_new_handshake_again_and_again_is_ended(
+    context: ssl.SSLContext, key_log: KeyLog, tmp_path: Path
+) -> None:
+    """Each time OpenSSL says no of its own accord, into memory that nobody has counted."""
+    context.set_ciphers("ECDHE-ECDSA-AES256-GCM-SHA384:ECDHE-RSA-AES256-GCM-SHA384")
+    server, client = Handshake(context, key_log), Client(ssl.TLSVersion.TLSv1_2)
+    client.tls.context.keylog_filename = str(tmp_path / "keys")
+    hello = to_server = client.shake()
+    flight = b""
+    while not server.done:
+        to_client = server.feed(to_server)
+        flight = flight or to_client
+        to_server = client.shake(to_client)
+    client.tls.context.keylog_filename = None  # type: ignore[assignment]
+    master = bytes.fromhex((tmp_path / "keys").read_text().split()[-1])
+    seed = b"key expansion" + flight[11:43] + hello[11:43]
+    keys = _expand_12(master, seed, 72)
+    cipher, salt, message = AESGCM(keys[:32]), keys[64:68], hello[5:]
+
+    rx, tx = (Ring(memoryview(bytearray(65536)), 0, 0, 0) for _ in range(2))
+    records = OpenSSLRecords(rx, tx, server)
+    scratch = memoryview(bytearray(scratch_size(65536)))
+    with pytest.raises(TLSError):
+        for number in range(1, 10_000):
+            count = number.to_bytes(8, "big")
+            size = len(message).to_bytes(2, "big")
+            sealed = cipher.encrypt(salt + count, message, count + b"\x16\x03\x03" + size)
+            sealed = count + sealed
+            rx.append(b"\x16\x03\x03" + len(sealed).to_bytes(2, "big") + sealed)
+            records.open_all(scratch, 0, 0.0)
+            records.consume(0)
+            rx.rewind()
+    # What is in the ring it can hold.
+    assert tx.end - tx.start <= tx.size
+    records.write(memoryview(bytearray(b"end\0")), 0, 3)
+    assert tx.end - tx.start <= tx.size
 
 
 @pytest.mark.parametrize(

@@ -839,6 +839,20 @@ def test_descriptors_that_nothing_is_known_of_are_closed(tree: FakeTree) -> None
     ours.close()
 
 
+def test_what_is_no_socket_costs_its_own_connection(
+    tree: FakeTree, pair: tuple[Client, Client]
+) -> None:
+    tree.kill()
+    one, two = tree.given
+    os.close(tree.given[one])
+    for key in (one, b"who knows"):
+        tree.given[key] = os.memfd_create("no socket", os.MFD_CLOEXEC)
+    tree.start()
+    eventually(lambda: set(tree.drain()) == {two})
+    tree.core.say(channel.FramesOut((pair[1].conn,), channel.join_blocks([frame(B, A)])))
+    assert pair[1].read_frames(1) == [frame(B, A)]
+
+
 def test_two_deaths_on_one_connection_close_it(tree: FakeTree, pair: tuple[Client, Client]) -> None:
     """The mark is written by hand: what kills an edge is what we do not know."""
     a, b = pair
