@@ -92,7 +92,7 @@ def find_users(settings: Settings) -> Users:
     found = []
     for key, usual in (("core_user", CORE_USER), ("edge_user", EDGE_USER)):
         named = getattr(settings.service, key)
-        user = find_user(named or usual)
+        user = None if named == "" else find_user(named or usual)
         if named and user is None:
             raise UserError(f'[service] {key} = "{named}": there is no such user')
         found.append(user)
@@ -305,7 +305,7 @@ class Service:
         missing = default_user and user is None and self.settings.mode == "service"
         return Confinement(
             user=user,
-            why_no_user=f"there is no user {default_user}" if missing else "",
+            why_no_user=f"{default_user} is not there, or not wanted" if missing else "",
             capabilities=capabilities,
             limits=(NO_CORE, *limits),
             files=files if sandbox else None,
@@ -392,8 +392,16 @@ def execsvc(
 
 
 def _tell_missing_users(settings: Settings, tell: Callable[[dict[str, Any]], None]) -> None:
-    missing = zip((CORE_USER, EDGE_USER), find_users(settings), strict=True)
-    names = " and ".join(name for name, user in missing if user is None)
+    names = " and ".join(
+        usual
+        for usual, named, user in zip(
+            (CORE_USER, EDGE_USER),
+            (settings.service.core_user, settings.service.edge_user),
+            find_users(settings),
+            strict=True,
+        )
+        if named is None and user is None
+    )
     if names and settings.mode == "service":
         tell({"progress": f"there is no user {names}: what should run as one runs as root, "
                           "without its capabilities; `install` makes them"})  # fmt: skip

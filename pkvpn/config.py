@@ -130,13 +130,12 @@ def _switch(default: bool, doc: str) -> Any:
 
 def _user(doc: str, shown: str) -> Any:
     def read(value: Any) -> str:
-        if not isinstance(value, str) or not value or "\0" in value:
+        if not isinstance(value, str) or value == "root" or "\0" in value:
             raise ValueError
         return value
 
-    key = Key(
-        doc, "the name of a user other than root", read, f"`{shown}`, if there is such a user"
-    )
+    allowed = 'the name of a user other than root, or "" for none'
+    key = Key(doc, allowed, read, f"`{shown}`, if there is such a user")
     return field(default=None, metadata={"key": key})
 
 
@@ -211,7 +210,7 @@ class Service:
     )
     core_user: str | None = _user(
         "As whom the core runs in Service Mode; `core` in the state directory is handed over to "
-        "this user. Without the default one it runs as root, who has no capabilities there.",
+        "this user. Without one it runs as root, who has no capabilities there.",
         CORE_USER,
     )
     edge_user: str | None = _user(

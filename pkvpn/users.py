@@ -12,6 +12,7 @@ import pwd
 import shutil
 import stat
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 from pkvpn.watchdog.confinement import User
@@ -34,16 +35,19 @@ def find_user(name: str) -> User | None:
     return User(name, found.pw_uid, found.pw_gid)
 
 
-def make_users(names: tuple[str, ...]) -> list[str]:
-    """Make those that are missing, each with a group of its own; returns their names.
+def commands_to_make(names: Iterable[str]) -> list[list[str]]:
+    """How those that are missing are made, each with a group of its own; the name comes last.
 
-    They have no home, no shell and no password.  Needs root.  Raises UserError.
+    They have no home, no shell and no password.
     """
+    return [_command(name) for name in names if find_user(name) is None]
+
+
+def make_users(names: Iterable[str]) -> list[str]:
+    """Make those that are missing; returns their names.  Needs root.  Raises UserError."""
     made = []
-    for name in names:
-        if find_user(name) is not None:
-            continue
-        command = _command(name)
+    for command in commands_to_make(names):
+        name = command[-1]
         try:
             done = subprocess.run(
                 command, capture_output=True, text=True, timeout=_TIMEOUT, check=False
@@ -59,14 +63,12 @@ def make_users(names: tuple[str, ...]) -> list[str]:
 
 def _command(name: str) -> list[str]:
     """As this system makes one: shadow (most), or busybox (Alpine)."""
-    if shutil.which("useradd"):
-        return [
-            "useradd", "--system", "--user-group", "--no-create-home",
-            "--home-dir", "/nonexistent", "--shell", "/usr/sbin/nologin", name,
-        ]  # fmt: skip
-    if shutil.which("adduser"):
+    if shutil.which("adduser") and not shutil.which("useradd"):
         return ["adduser", "-S", "-D", "-H", "-h", "/nonexistent", "-s", "/sbin/nologin", name]
-    raise UserError(f"user {name}: there is neither useradd nor adduser to make it")
+    return [
+        "useradd", "--system", "--user-group", "--no-create-home",
+        "--home-dir", "/nonexistent", "--shell", "/usr/sbin/nologin", name,
+    ]  # fmt: skip
 
 
 def hand_over(directory: Path, user: User | None) -> None:

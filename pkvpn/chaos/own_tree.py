@@ -158,6 +158,8 @@ class OwnTree:
     def write_config(self) -> None:
         self.config.write_text(
             '[service]\nstate_dir = "state"\nruntime_dir = "run"\n'
+            # Users of their own may not pass to a temporary directory.
+            'core_user = ""\nedge_user = ""\n'
             f'listen = ["127.0.0.1:{self._port}"]\n{self.settings}',
             encoding="utf-8",
         )

@@ -14,9 +14,10 @@ from pathlib import Path
 from pkvpn.cli import FAILED, NO_PRIVILEGE, OK, Command, Refusal, complain
 from pkvpn.cli.runtime import is_running, load_settings
 from pkvpn.cli.service import STARTED, start_budget, stop_budget
-from pkvpn.config import Settings, make_directories
+from pkvpn.config import CORE_USER, EDGE_USER, Settings, make_directories
 from pkvpn.service import units
 from pkvpn.service.manager import Manager, ManagerError
+from pkvpn.users import UserError, commands_to_make, make_users
 
 # Above what the tree needs for a stop of its own, so that systemd kills nobody who was about to.
 _STOP_MARGIN = 10.0
@@ -59,9 +60,12 @@ def _install(args: argparse.Namespace) -> int:
     begin = [["daemon-reload"]]
     if not args.manual:
         begin += [["enable", *names], ["start", *reversed(names)]]
+    users = [] if args.user else _usual_users(settings)
     if args.dry_run:
         for path, text in files.items():
             print(f"# {path}\n{text}")
+        for command in commands_to_make(users):
+            print(" ".join(command))
         for words in begin:
             print(" ".join(manager.command(*words)))
         return OK
@@ -72,11 +76,15 @@ def _install(args: argparse.Namespace) -> int:
         )
     _warn_of_writers(settings)
     try:
+        for name in make_users(users):
+            print(f"Made the system user {name}.")
         make_directories(settings)
         changed = manager.write(files)
         was = manager.main_pid()
         for words in begin:
             manager.call(*words, timeout=plan.start_timeout + _STOP_MARGIN)
+    except UserError as error:
+        raise Refusal(f"not installed: {error}", FAILED) from None
     except ManagerError as error:
         raise Refusal(f"not installed: {error}; the reason may be in `journalctl -u vpnserver`",
                       FAILED) from None  # fmt: skip
@@ -88,6 +96,13 @@ def _install(args: argparse.Namespace) -> int:
     if args.user:
         _explain_lingering()
     return OK
+
+
+def _usual_users(settings: Settings) -> list[str]:
+    """Those as which core and edges run, where the configuration names no others."""
+    service = settings.service
+    named = ((CORE_USER, service.core_user), (EDGE_USER, service.edge_user))
+    return [usual for usual, name in named if name is None]
 
 
 def _uninstall(args: argparse.Namespace) -> int:

@@ -136,6 +136,26 @@ def test_an_operators_verbs_go_through_systemd(served: Machine) -> None:
     wait_up(served)
 
 
+def test_core_and_edges_run_as_users_that_install_has_made(served: Machine) -> None:
+    wait_whole(served)
+    users = {"core": "pkvpn-core", "edge-1": "pkvpn-edge", "canary": "pkvpn-edge", "log": "root"}
+
+    pids = [tree(served)[name] for name in users]
+    shown = served.do("ps", "-o", "pid=,user:16=", "-p", ",".join(map(str, pids))).stdout.split()
+    found = dict(zip(map(int, shown[::2]), shown[1::2], strict=True))
+    assert dict(zip(users, map(found.get, pids), strict=True)) == users
+    # Also where root has made files while it did not run, and systemd its directory anew.
+    served.vpnserver("stop")
+    served.vpnserver("hub", "add", "made-by-root")
+    served.vpnserver("start")
+    wait_whole(served)
+    assert "made-by-root" in served.vpnserver("hub", "list").stdout
+    status = json.loads(served.vpnserver("status", "--json").stdout)
+    confined = {child["name"]: child["confinement"] for child in status["children"]}
+    assert confined["edge-1"]["seccomp"] == "on"
+    assert confined["core"]["capabilities"] == "none"
+
+
 def test_kill_is_final(served: Machine) -> None:
     wait_up(served)
     assert "(watchdog): killed" in served.vpnserver("kill").stdout

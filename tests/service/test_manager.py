@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from pkvpn.cli import NO_PRIVILEGE, main
+from pkvpn.config import EDGE_USER
 from pkvpn.service import manager as manager_module
 from pkvpn.service import units
 from pkvpn.service.manager import Manager, ManagerError
+from pkvpn.users import find_user
 from tests.service.test_units import PLAN
 
 
@@ -112,6 +114,8 @@ def test_a_dry_run_prints_files_and_commands_and_does_nothing(
     said = capsys.readouterr().out
     assert "RestartPreventExitStatus=SIGKILL" in said
     assert f"ReadWritePaths={tmp_path / 'state'}" in said
+    if find_user(EDGE_USER) is None:
+        assert f"--shell /usr/sbin/nologin {EDGE_USER}\n" in said
     assert said.endswith(
         "systemctl --no-ask-password daemon-reload\n"
         "systemctl --no-ask-password enable vpnserver.service\n"

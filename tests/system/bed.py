@@ -205,7 +205,10 @@ class Service:
 
     def configure(self, text: str) -> None:
         """Write the configuration; a service that runs reads it at the next reload."""
-        places = '[service]\nstate_dir = "state"\nruntime_dir = "run"\n'
+        # Users of their own may not pass to the directories of a test.
+        places = (
+            '[service]\nstate_dir = "state"\nruntime_dir = "run"\ncore_user = ""\nedge_user = ""\n'
+        )
         self.config.write_text(places + text, encoding="utf-8")
 
     def start(self) -> None:
