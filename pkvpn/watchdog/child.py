@@ -43,10 +43,12 @@ EXIT_ORPHAN = 79
 
 # On the gift socket, one message each: 1 byte what, then the key.
 #   up    G give (one descriptor goes with it), D drop       down  R refused: key, NUL, why
-# and to a standby, when its turn has come:
-#   H handed over: for each descriptor that goes with it 1 byte length, key; then
+# and to a standby, of what was given and dropped since it was born:
+#   H handed over: for each descriptor that goes with it 1 byte length, key
+#   L let go: 1 byte length, key, of each
+# and when its turn has come:
 #   S serve: number of the incarnation, 4 bytes
-GIVE, DROP, REFUSED, HANDED, SERVE = b"G", b"D", b"R", b"H", b"S"
+GIVE, DROP, REFUSED, HANDED, LET_GO, SERVE = b"G", b"D", b"R", b"H", b"L", b"S"
 MAX_KEY = 64
 # The watchdog takes them when it reads a beat.  After so many the next beat comes early: the socket
 # has room for some two hundred.
@@ -390,9 +392,10 @@ class Child:
                 key, _, why = body.rpartition(b"\0")
                 self._refusals.append((key, why.decode(errors="replace")))
             elif what == HANDED:
-                for fd in fds:
-                    end = 1 + body[0]
-                    self._birth.given[body[1:end]], body = fd, body[end:]
+                self._birth.given.update(zip(_keys(body), fds, strict=True))
+            elif what == LET_GO:
+                for key in _keys(body):
+                    os.close(self._birth.given.pop(key))
             elif what == SERVE:
                 self.incarnation = int.from_bytes(body, "big")
                 self.standing_by = False
@@ -404,6 +407,13 @@ class Child:
             return os.read(fd, 4096)
         except BlockingIOError:
             return None
+
+
+def _keys(body: bytes) -> Iterator[bytes]:
+    while body:
+        end = 1 + body[0]
+        yield body[1:end]
+        body = body[end:]
 
 
 def next_moment(now: float, interval: float) -> float:

@@ -16,7 +16,16 @@ import socket
 import struct
 from collections.abc import Iterable
 
-from pkvpn.watchdog.child import DROP, GIVE, HANDED, HANDED_AT_ONCE, MAX_KEY, REFUSED, SERVE
+from pkvpn.watchdog.child import (
+    DROP,
+    GIVE,
+    HANDED,
+    HANDED_AT_ONCE,
+    LET_GO,
+    MAX_KEY,
+    REFUSED,
+    SERVE,
+)
 from pkvpn.watchdog.spec import HeldSpec
 
 _log = logging.getLogger(__name__)
@@ -91,6 +100,40 @@ class Kept:
         self._floor = floor
         self.refused = 0
         self.descriptors: dict[bytes, int] = {}
+        # Of the standby, which follows: what it has, and what it has not heard of yet.
+        self._followed: set[bytes] = set()
+        self._given: dict[bytes, None] = {}
+        self._dropped: dict[bytes, None] = {}
+
+    def follow(self) -> dict[bytes, int]:
+        """What there is now, for a standby that is born with it; `tell` goes on from there."""
+        self._followed = set(self.descriptors)
+        self._given.clear()
+        self._dropped.clear()
+        return dict(self.descriptors)
+
+    def untold(self) -> int:
+        """How much the standby has not heard of."""
+        return len(self._given) + len(self._dropped)
+
+    def tell(self, gifts: socket.socket) -> None:
+        """Tell the standby what was dropped and given since it was told last.
+
+        Raises OSError if it does not take it now; what it has taken need not be told again.
+        """
+        while self._dropped:
+            some = list(self._dropped)[:HANDED_AT_ONCE]
+            gifts.send(LET_GO + b"".join(bytes([len(key)]) + key for key in some))
+            for key in some:
+                del self._dropped[key]
+                self._followed.discard(key)
+        while self._given:
+            some = list(self._given)[:HANDED_AT_ONCE]
+            keys = b"".join(bytes([len(key)]) + key for key in some)
+            socket.send_fds(gifts, [HANDED + keys], [self.descriptors[key] for key in some])
+            for key in some:
+                del self._given[key]
+                self._followed.add(key)
 
     def drain(self, gifts: socket.socket, *, dead: bool = False) -> None:
         """Take what lies in the child's gift socket now.
@@ -113,16 +156,12 @@ class Kept:
                     gifts.send(REFUSED + message[1:] + b"\0" + why.encode())
 
     def hand_over(self, gifts: socket.socket, number: int) -> bool:
-        """Tell a standby that it is incarnation ``number`` now, and give it all that is kept.
+        """Tell the standby that it is incarnation ``number`` now, with all that is kept.
 
         False: it does not take it; then it is of no use.
         """
-        everything = list(self.descriptors.items())
         try:
-            for at in range(0, len(everything), HANDED_AT_ONCE):
-                some = everything[at : at + HANDED_AT_ONCE]
-                keys = b"".join(bytes([len(key)]) + key for key, _ in some)
-                socket.send_fds(gifts, [HANDED + keys], [fd for _, fd in some])
+            self.tell(gifts)
             gifts.send(SERVE + number.to_bytes(4, "big"))
         except OSError as error:
             _log.warning("a standby did not take over: %s", error)
@@ -136,6 +175,7 @@ class Kept:
             fd = self.descriptors.pop(key, None)
             if fd is not None:
                 close_all([fd])
+                self._note_dropped(key)
             return ""
         if what != GIVE or not key:
             return "not a message that gives or drops"
@@ -156,8 +196,15 @@ class Kept:
         before = self.descriptors.pop(key, None)
         if before is not None:
             close_all([before])
+            self._note_dropped(key)
         self.descriptors[key] = high
+        self._given[key] = None
         return ""
+
+    def _note_dropped(self, key: bytes) -> None:
+        self._given.pop(key, None)
+        if key in self._followed:
+            self._dropped[key] = None
 
     def close(self) -> None:
         close_all(self.descriptors.values())

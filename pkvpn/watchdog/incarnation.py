@@ -145,6 +145,11 @@ class Incarnation:
         self.number, self.started_at, self.quiet_until = number, now, now
         return kept.hand_over(self._gift_socket(), number)
 
+    def follow(self, kept: Kept) -> None:
+        """Tell one that stands by what has been given and dropped since it was told last."""
+        with contextlib.suppress(OSError):  # it does not read now: with the next beat, then
+            kept.tell(self._gift_socket())
+
     def beat(self, beat: Beat, now: float) -> None:
         """To be called for each beat."""
         if self.is_silent(now):

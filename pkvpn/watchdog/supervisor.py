@@ -64,7 +64,8 @@ _READS = 16
 # after another has ended by itself.
 _STANDBY_AFTER = 0.25
 _STANDBY_AGAIN = 5.0
-# More descriptors than this reach a successor sooner by a fork than one by one.
+# A standby hears with each beat what was given and dropped; more than this that it has not heard of
+# reaches a successor sooner by a fork.
 _HAND_OVER_MOST = 2000
 # What of ours lies in the runtime directory; where it cannot be made again, the next try is later.
 _CONTROL_NAME = "control.sock"
@@ -551,6 +552,8 @@ class Supervisor:
             # every connection of a client.
             if slot.kept.limit:
                 incarnation.drain_gifts(slot.kept)
+                if slot.standby is not None and slot.kept.untold():
+                    slot.standby.follow(slot.kept)
             own = newest._replace(duties=incarnation.witness.own_duties(newest.duties))
             self._obey_judge(slot, incarnation.judge.beat(own, now), now)
             for name in incarnation.witness.suspects(newest.duties):
@@ -814,7 +817,7 @@ class Supervisor:
             log=self._log_channels[slot.name][1],
             lock=self._lock.fd,
             held={name: self._held.descriptors(name) for name in names},
-            given={} if standby else slot.kept.descriptors,
+            given=slot.kept.follow() if standby else slot.kept.descriptors,
             standby=standby,
             confinement=slot.spec.confinement,
         )
@@ -849,8 +852,8 @@ class Supervisor:
     def _fork_standby(self, slot: Slot, now: float) -> None:
         if not slot.spec.standby or slot.standby is not None or self._tree.stopping:
             return
-        if not self._rollover.done or len(slot.kept.descriptors) > _HAND_OVER_MOST:
-            # What is up is still of the code before, or more is given than one could take over.
+        if not self._rollover.done:
+            # What is up is still of the code before.
             slot.standby_at = now + _STANDBY_AGAIN
             return
         if slot.machine.state is not State.UP:
@@ -873,7 +876,7 @@ class Supervisor:
         if (
             standby is None
             or fresh
-            or len(slot.kept.descriptors) > _HAND_OVER_MOST
+            or slot.kept.untold() > _HAND_OVER_MOST
             or not standby.serve(slot.number, slot.kept, now)
         ):
             return None

@@ -6,14 +6,16 @@ import os
 import signal
 import socket
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pkvpn.watchdog import procfs, supervisor
-from pkvpn.watchdog.child import Child
+from pkvpn.watchdog.child import DROP, GIVE, Child
 from pkvpn.watchdog.held import Kept
+from pkvpn.watchdog.incarnation import Incarnation
 from tests.support import eventually, process_gone
 from tests.watchdog.running import Running, all_gone, child, running, spec_in
 
@@ -47,8 +49,6 @@ def impatient(child: Child) -> None:
 
 
 def one(target: Any = prepared, **more: Any) -> Any:
-    from dataclasses import replace
-
     return replace(child("one", standby=True, keep_limit=MANY, **more), target=target)
 
 
@@ -82,12 +82,84 @@ def test_it_takes_over_with_all_that_was_given(tmp_path: Path) -> None:
         assert tree.holders() == []
 
 
-def test_it_has_nothing_that_was_given_before_its_turn(tmp_path: Path) -> None:
-    with running(tmp_path, spec_in(tmp_path, one())) as tree:
-        eventually(lambda: tree.child("one")["kept"] == MANY)
+def gives_and_drops(child: Child, trigger: str) -> None:
+    """Drops the first of all that it gave, and gives another, when the trigger is there."""
+    child.stand_by()
+    left, right = socket.socketpair()
+    for number in range(3):
+        child.give(b"key %d" % number, left.fileno())
+    child.say(" ".join(os.readlink(f"/proc/self/fd/{sock.fileno()}") for sock in (left, right)))
+    child.ready()
+    while not child.stopping:
+        child.wait()
+        if os.path.exists(trigger):
+            os.unlink(trigger)
+            child.drop(b"key 0")
+            child.give(b"key 3", left.fileno())
+            child.give(b"key 1", right.fileno())  # instead of the one before
+
+
+def test_it_follows_what_is_given_and_dropped(tmp_path: Path) -> None:
+    trigger = tmp_path / "trigger"
+    spec = replace(one(gives_and_drops), settings=str(trigger))
+    with running(tmp_path, spec_in(tmp_path, spec), wait=False) as tree:
+        left, right = tree.word()["progress"].removeprefix("one: ").split()
+        assert tree.last_word()["ready"]
         waiting = standby_of(tree)
-        found = [os.readlink(fd) for fd in Path(f"/proc/{waiting}/fd").iterdir()]
-        assert len(found) < 30
+
+        def has() -> tuple[int, int]:
+            links = [os.readlink(fd) for fd in Path(f"/proc/{waiting}/fd").iterdir()]
+            return links.count(left), links.count(right)
+
+        eventually(lambda: has() == (3, 0))
+        trigger.touch()
+        eventually(lambda: has() == (2, 1))
+
+
+def messages(sock: socket.socket) -> list[tuple[bytes, int]]:
+    """All that has come: what, and how many descriptors went with it."""
+    found: list[tuple[bytes, int]] = []
+    while True:
+        try:
+            message, fds, _, _ = socket.recv_fds(sock, 65536, 250)
+        except BlockingIOError:
+            return found
+        for fd in fds:
+            os.close(fd)
+        found.append((message, len(fds)))
+
+
+def test_a_standby_is_told_of_changes_once_and_only_of_what_stays() -> None:
+    kept = Kept(limit=8)
+    child, ours = seqpacket()
+    standby, theirs = seqpacket()
+    with child, ours, standby, theirs:
+
+        def give(*keys: bytes) -> None:
+            for key in keys:
+                socket.send_fds(child, [GIVE + key], [child.fileno()])
+
+        give(b"a", b"b")
+        kept.drain(ours)
+        assert set(kept.follow()) == {b"a", b"b"}
+        assert kept.untold() == 0
+        give(b"c", b"d", b"a")
+        child.send(DROP + b"d")
+        child.send(DROP + b"b")
+        kept.drain(ours)
+        assert kept.untold() == 4  # not of d, which came and went
+        kept.tell(theirs)
+        assert messages(standby) == [(b"L\x01a\x01b", 0), (b"H\x01c\x01a", 2)]
+        assert kept.untold() == 0
+        child.send(DROP + b"c")
+        kept.drain(ours)
+        assert kept.hand_over(theirs, 7)
+        assert messages(standby) == [(b"L\x01c", 0), (b"S\0\0\0\x07", 0)]
+        kept.close()
+
+
+def seqpacket() -> tuple[socket.socket, socket.socket]:
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
 
 
 def test_one_that_was_stopped_is_passed_over(tmp_path: Path) -> None:
@@ -101,17 +173,30 @@ def test_one_that_was_stopped_is_passed_over(tmp_path: Path) -> None:
         assert standby_of(tree) != waiting
 
 
-def test_where_too_much_is_given_a_fork_takes_it_along(tmp_path: Path) -> None:
-    def few() -> None:
+def hears_nothing(_self: Incarnation, _kept: Kept) -> None:
+    pass
+
+
+def born_with_nothing(self: Kept) -> dict[bytes, int]:
+    self._given = dict.fromkeys(self.descriptors)
+    return {}
+
+
+def test_what_a_standby_has_not_heard_of_and_is_too_much_a_fork_takes_along(
+    tmp_path: Path,
+) -> None:
+    def deaf() -> None:
         supervisor._HAND_OVER_MOST = MANY - 1
         supervisor._STANDBY_AFTER = 0.0
+        Incarnation.follow = hears_nothing  # type: ignore[assignment,method-assign]
+        Kept.follow = born_with_nothing  # type: ignore[method-assign]
 
-    with running(tmp_path, spec_in(tmp_path, one()), before=few) as tree:
+    with running(tmp_path, spec_in(tmp_path, one()), before=deaf) as tree:
         eventually(lambda: tree.child("one")["kept"] == MANY)
+        waiting = standby_of(tree)
         tree.signal(signal.SIGKILL, "one")
-        tree.up("one", after=0)
+        assert tree.up("one", after=0)["pid"] != waiting
         assert tree.word() == {"progress": f"one: incarnation 2 with {MANY}, whole: True"}
-        assert tree.child("one")["standby"] is None
 
 
 def test_after_a_wild_death_the_next_one_has_another_address_layout(tmp_path: Path) -> None:
@@ -205,7 +290,6 @@ def test_what_does_not_fit_is_not_handed_over_by_half() -> None:
     kept = Kept(limit=8)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
     with ours, theirs:
-        kept.descriptors = {b"key": theirs.fileno()}
         assert kept.hand_over(ours, 7)
         theirs.close()
         assert not kept.hand_over(ours, 8)
