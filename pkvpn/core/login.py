@@ -8,6 +8,7 @@ A failed login costs the same work whether hub, user or password is wrong, and i
 the two codes that users need to see (8 no such hub, 9 not authenticated).
 """
 
+import functools
 import hmac
 import ipaddress
 from collections import OrderedDict
@@ -61,6 +62,7 @@ _NO_KEY = bytes(20)
 _MAX_FAMILIAR = 8192
 
 
+@functools.lru_cache(maxsize=1024)  # it is asked several times in one login
 def address_key(peer: str) -> str:
     """What attempts are counted by: an IPv4 address, or the /64 of an IPv6 address.
 
