@@ -29,6 +29,7 @@ PROGRAMS = {
     "false-kills": (1800, ["false_kills"]),
     "endurance": (3600, ["endurance"]),
     "logins": (1800, ["logins"]),
+    "storm": (900, ["storm"]),
     "gaps": (7200, ["gaps"]),
     "gaps-idle": (3600, ["gaps", "--idle", "5000", "--rounds", "20", "--softether", "0"]),
     "reloads": (3600, ["reloads"]),

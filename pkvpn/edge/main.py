@@ -103,6 +103,11 @@ _CHORES_REST = 0.002
 # accuses this edge.  Not at once: when many come back at the same time, each needs its turn.
 _STRANGER_STAYS = 1.0
 
+# Requests of strangers that the core has at a time; the others wait here.  A storm of logins is
+# then no queue in front of the core, nor one of its answers, behind which the canary would wait for
+# so long that the core is accused of it.
+_MAX_ASKED = 32
+
 # What is queued for a core that does not read; above it no new connection is accepted.
 _MAX_BACKLOG = 1000
 
@@ -312,6 +317,8 @@ class Edge:
         self._backlog: list[bytes] = []
         # Connections that wait for the core, the one that waits longest first.
         self._asked: dict[int, float] = {}
+        # Those whose turn to ask has not come yet, likewise.
+        self._unasked: dict[int, None] = {}
         # Connections that are not in the data phase, the one that waits longest first.
         self._strangers: dict[int, None] = {}
         # Handshakes under way, the oldest first; and connections that wait to begin one.
@@ -507,7 +514,9 @@ class Edge:
         peer.slot = slot
         peer.given = True
         peer.peer, peer.local = identity.peer, identity.local
-        peer.address = _network(identity.peer.rpartition(":")[0])
+        host = identity.peer.rpartition(":")[0]
+        peer.ours = host == identity.local.rpartition(":")[0]
+        peer.address = _network(host)
         self._add(peer)
         self._counted[conn] = connection.counts()
         self._flows.redirect(conn, connection)
@@ -1200,11 +1209,31 @@ class Edge:
             self._close(peer, ends, alert)
         else:
             if connection.request and not asked:
-                self._ask(connection)
+                self._ask_in_turn(peer, connection)
             connection.save()
         checkpoint.mark(0, 0)
         if not connection.touched:  # else it is flushed at the end of the turn, which looks again
             self._watch_connection(peer)
+
+    def _ask_in_turn(self, peer: Peer, connection: Connection) -> None:
+        """Have the core answer its request, now or after others."""
+        if len(self._asked) < _MAX_ASKED or peer.ours:
+            self._ask(connection)
+        else:
+            self._unasked[peer.conn] = None
+
+    def _answered(self, conn: int) -> bool:
+        """To be called when the core need not answer this connection any more: it is another's
+        turn.  Whether it had been asked."""
+        self._unasked.pop(conn, None)
+        asked = self._asked.pop(conn, None) is not None
+        while self._unasked and len(self._asked) < _MAX_ASKED:
+            waiting = next(iter(self._unasked))
+            del self._unasked[waiting]
+            connection = self._peers[waiting].connection
+            assert connection is not None  # it has a request
+            self._ask(connection)
+        return asked
 
     def _ask(self, connection: Connection) -> None:
         self._asked[connection.conn] = self.now
@@ -1310,7 +1339,7 @@ class Edge:
     def _tell_closed(self, peer: Peer, why: str) -> None:
         self._flows.close(peer.conn)
         self._strangers.pop(peer.conn, None)
-        self._asked.pop(peer.conn, None)
+        self._answered(peer.conn)
         self._counted.pop(peer.conn, None)
         connection = peer.connection
         if connection is not None:
@@ -1454,7 +1483,7 @@ class Edge:
         except TLSError as error:
             self._close(peer, str(error), error.alert)
             return
-        if self._asked.pop(state.conn, None) is not None:
+        if self._answered(state.conn):
             self._login.done += 1
         if connection.closing:
             self._close(peer, connection.closing)

@@ -44,8 +44,13 @@ class Client:
     """A client that speaks TLS by OpenSSL."""
 
     def __init__(
-        self, tree: FakeTree, version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3, buffer: int = 0
+        self,
+        tree: FakeTree,
+        version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3,
+        buffer: int = 0,
+        source: str = "127.0.0.1",
     ) -> None:
+        """``source``: from another address than it listens on, it is nobody of ours."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
@@ -54,6 +59,7 @@ class Client:
         if buffer:
             plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
         plain.settimeout(10)
+        plain.bind((source, 0))
         plain.connect(tree.address)
         self.tree = tree
         tree.clients.append(plain)
@@ -1126,6 +1132,33 @@ def test_handshakes_that_come_to_nothing_make_room(pem: Pem) -> None:
         tree.clients[-1] = context.wrap_socket(other)
         totals = tree.core.wait_for(channel.Totals)
         assert totals.refusals[list(channel.Refusal).index(channel.Refusal.MADE_ROOM)] >= 2
+    finally:
+        tree.close()
+
+
+def test_so_many_strangers_ask_at_a_time_and_one_of_ours_does_not_wait(pem: Pem) -> None:
+    tree = FakeTree(EdgeSettings(index=1), pem.joined)
+    tree.start(before=lambda: setattr(main, "_MAX_ASKED", 3))
+    try:
+        strangers = [Client(tree, source="127.0.0.2") for _ in range(6)]
+        for stranger in strangers[:3]:
+            stranger.sock.sendall(REQUEST)
+            assert tree.core.wait_for(channel.Request).conn == stranger.conn
+        for stranger in strangers[3:]:
+            stranger.sock.sendall(REQUEST)
+        Client(tree).login()  # the next who is heard
+        first, second, third = (stranger.conn for stranger in strangers[:3])
+        waiting = {stranger.conn for stranger in strangers[3:]}
+        tree.core.say(channel.State(first, 1, b"no", Mode.HTTP, "", 0.0, False, b""))
+        tree.core.say(channel.State(second, 1, b"", Mode.CLOSING, "kicked", 0.0, False, b""))
+        asked = {tree.core.wait_for(channel.Request).conn for _ in range(2)}
+        assert asked < waiting
+        # The next core is asked again what the last one had been asked, and no more.
+        tree.core.say(channel.Hello(channel.VERSION, 2))
+        again = {tree.core.wait_for(channel.Request).conn for _ in range(3)}
+        assert again == asked | {third}
+        tree.core.say(channel.State(third, 1, b"no", Mode.HTTP, "", 0.0, False, b""))
+        assert {tree.core.wait_for(channel.Request).conn} == waiting - asked
     finally:
         tree.close()
 
