@@ -241,10 +241,9 @@ BREAKS = (
         f"{_TEST_MAIN}::test_who_is_there_is_served_before_the_certificate_is_read_and_new_ones_after",
     ),
     Break(
-        12, "pkvpn/app.py", "        self.settings = settings\n        edges = [",
-        "        self.settings = settings\n"
-        "        self.key = [one.read_bytes() for one in settings.certificate_files[1:]\n"
-        "                    if one.exists()]\n        edges = [",
+        12, "pkvpn/keyholder.py", "                self._fill(files, _SHORT_PATIENCE)\n",
+        "                self._fill(files, _SHORT_PATIENCE)\n"
+        "                self.pem = certificate.joined(*files)\n",
         "tests/system/test_secrets.py::test_a_secret_lies_only_where_it_is_used",
     ),
 )  # fmt: skip
