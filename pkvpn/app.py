@@ -32,7 +32,7 @@ from pkvpn.edge.main import main as edge_main
 from pkvpn.keyholder import KeyHolder
 from pkvpn.listeners import Listeners
 from pkvpn.taps import Taps
-from pkvpn.users import UserError, find_user, hand_over, let_through
+from pkvpn.users import UserError, acting_as_owner, find_user, hand_over, let_through
 from pkvpn.watchdog import control
 from pkvpn.watchdog.confinement import NO_CORE, Confinement, Files, Network, User
 from pkvpn.watchdog.logchild import LogSettings
@@ -123,7 +123,9 @@ class Service:
     def tree(self, settings: Settings) -> TreeSpec:
         """The spec for these settings.  Raises StoreError if the database cannot be read."""
         users = find_users(settings)
-        bridges = self._taps.held(read_bridges(str(settings.core_dir)))
+        with acting_as_owner(settings.core_dir):
+            records = read_bridges(str(settings.core_dir))
+        bridges = self._taps.held(records)
         self.settings, self._users = settings, users
         edges = [f"edge-{i + 1}" for i in range(settings.edge_processes(os.cpu_count() or 1))]
         return TreeSpec(

@@ -7,17 +7,22 @@ files in it while the service was stopped.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pwd
 import shutil
 import stat
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pkvpn.watchdog.confinement import User
 
 _TIMEOUT = 30.0
+
+_PR_GET_DUMPABLE, _PR_SET_DUMPABLE = 3, 4
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class UserError(OSError):
@@ -101,3 +106,35 @@ def let_through(directory: Path, user: User | None) -> None:
     if user is not None:
         os.chown(directory, -1, user.gid)
         os.chmod(directory, 0o710)  # noqa: S103 - of this group is that user alone
+
+
+@contextmanager
+def acting_as_owner(directory: Path) -> Iterator[None]:
+    """Touch files with the rights of whoever owns this directory, if that is not us.
+
+    For what lies where he could have put links in our way.  Of a process of one thread.  Raises
+    OSError.
+    """
+    try:
+        owner = directory.stat(follow_symlinks=False)
+    except FileNotFoundError:
+        owner = None
+    if owner is None or os.geteuid() != 0 or owner.st_uid == 0:
+        yield
+        return
+    gid, dumpable = os.getegid(), _prctl(_PR_GET_DUMPABLE, 0)
+    os.setegid(owner.st_gid)
+    try:
+        os.seteuid(owner.st_uid)
+        try:
+            yield
+        finally:
+            os.seteuid(0)
+    finally:
+        os.setegid(gid)
+        # The kernel takes it away with each change.
+        _prctl(_PR_SET_DUMPABLE, dumpable)
+
+
+def _prctl(option: int, value: int) -> int:
+    return int(_libc.prctl(option, value, 0, 0, 0))

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pkvpn.users import UserError, find_user, hand_over, let_through, make_users
+from pkvpn.core.store import StoreError, read_bridges
+from pkvpn.users import UserError, acting_as_owner, find_user, hand_over, let_through, make_users
 from pkvpn.watchdog.confinement import User
 
 SOMEBODY = User("somebody", 4711, 4712)
@@ -74,3 +75,24 @@ def test_somebody_is_let_through_and_sees_nothing(tmp_path: Path) -> None:
     tmp_path.chmod(0o700)
     let_through(tmp_path, None)
     assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o700
+
+
+@pytest.mark.root
+def test_a_link_in_the_way_of_the_database_leads_root_nowhere(tmp_path: Path) -> None:
+    """As a core that was taken over could lay it for the watchdog, which reads the bridges."""
+    for directory in tmp_path, *list(tmp_path.parents)[:2]:
+        directory.chmod(0o755)
+    core, precious = tmp_path / "core", tmp_path / "precious"
+    core.mkdir()
+    precious.touch(0o600)
+    (core / "pkvpn.db").symlink_to(precious)
+    hand_over(core, SOMEBODY)
+    with acting_as_owner(core), pytest.raises(StoreError):
+        read_bridges(str(core))
+    assert not precious.read_bytes()
+    assert (os.geteuid(), os.getegid()) == (0, 0)
+    (core / "pkvpn.db").unlink()
+    with acting_as_owner(core):
+        assert read_bridges(str(core)) == []
+    with acting_as_owner(tmp_path), acting_as_owner(tmp_path / "none"):
+        assert os.geteuid() == 0
