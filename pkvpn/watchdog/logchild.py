@@ -360,12 +360,11 @@ class _Writer:
         try:
             kind, dropped, body = decode(message)
         except ValueError as error:
-            self._own_line(logging.ERROR, f"a message of {process} that cannot be read: {error}")
+            self._complain(process, f"a message of {process} that cannot be read: {error}")
             return
         if dropped:
-            self._own_line(
-                logging.WARNING, f"{dropped} messages of {process} were lost: the log pipe was full"
-            )
+            why = f"{dropped} messages of {process} were lost: the log pipe was full"
+            self._complain(process, why, logging.WARNING)
         if kind == b"L":
             self._take_record(process, body)
         elif kind == b"J" and process == WATCHDOG:
@@ -374,7 +373,7 @@ class _Writer:
         elif kind == b"R" and process == WATCHDOG:
             self._take_report(body)
         else:
-            self._own_line(logging.ERROR, f"a message of {process} of kind {kind!r}")
+            self._complain(process, f"a message of {process} of kind {kind!r}")
 
     def next_deadline(self, now: float) -> float:
         """Seconds until `expire` has something to say."""
@@ -404,18 +403,26 @@ class _Writer:
     # Log lines
 
     def _take_record(self, process: str, body: dict[str, Any]) -> None:
-        now = time.monotonic()
-        bucket = self._buckets.get(process)
-        if bucket is None:
-            bucket = _Bucket(self._settings.rate, self._settings.burst, now)
-            self._buckets[process] = bucket
         record = _record(process, body)
         tail = self._tails.setdefault(process, deque(maxlen=self._settings.tail_lines))
         tail.append(f"{utc_text(record.created)} {record.levelname} {record.getMessage()}")
         if record.exc_text:
             tail.extend(record.exc_text.splitlines()[-10:])
-        if bucket.take(now):
+        if self._may_write(process):
             self._line(record)
+
+    def _may_write(self, process: str) -> bool:
+        now = time.monotonic()
+        bucket = self._buckets.get(process)
+        if bucket is None:
+            bucket = _Bucket(self._settings.rate, self._settings.burst, now)
+            self._buckets[process] = bucket
+        return bucket.take(now)
+
+    def _complain(self, process: str, text: str, level: int = logging.ERROR) -> None:
+        """A line of our own that counts as one of the process that is its cause."""
+        if self._may_write(process):
+            self._own_line(level, text)
 
     def _own_line(self, level: int, text: str) -> None:
         """A line of our own; not through the pipe, which may be why there is something to say."""

@@ -380,6 +380,15 @@ def test_a_flood_is_cut_and_counted_per_process(place: Place) -> None:
     assert log[11].endswith("40 lines of core were left out: more than 0.001 a second")
 
 
+@pytest.mark.parametrize("message", [b"", b"?\0\0\0\0{}", b'L\0\0\0\1{"message":"x"}'])
+def test_a_flood_of_what_is_no_line_is_cut_as_well(place: Place, message: bytes) -> None:
+    place.settings |= {"rate": 0.001, "burst": 10}
+    for _ in range(50):
+        place.raw(message)
+    place.run()
+    assert len(place.log()) == 11
+
+
 def test_a_flood_that_is_over_is_said_while_running(place: Place) -> None:
     place.settings |= {"rate": 1e6, "burst": 1}
     bucket = logchild._Bucket(rate=10.0, burst=20.0, now=0.0)
