@@ -54,6 +54,7 @@ setup(
             "hypothesis>=6.100",
             "matplotlib>=3.8",  # the plots of benchmarks/
             "mypy>=1.15",
+            "packaging>=24",  # the audit of dependencies
             "pytest>=8.3",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
