@@ -171,6 +171,7 @@ class Service:
                 lambda: self.listeners.open(service.listen),
                 key=service.listen,
                 adopt=lambda descriptors: self.listeners.adopt(service.listen, descriptors),
+                stored=True,
             ),
             HeldSpec(
                 "admin",
@@ -183,8 +184,18 @@ class Service:
         ]
         for index, name in enumerate(edges):
             held.append(HeldSpec(f"channel:{name}", lambda index=index: self._edge_ends(index)))  # type: ignore[misc]
-            held.append(HeldSpec(f"checkpoint:{name}", lambda name=name: [_checkpoint(name)]))  # type: ignore[misc]
+            held.append(self._checkpoint(name))
         return held
+
+    def _checkpoint(self, name: str) -> HeldSpec:
+        kept: list[int] = []
+
+        def make() -> list[int]:
+            if kept:
+                return [os.dup(kept.pop())]
+            return [os.memfd_create(f"checkpoint-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)]
+
+        return HeldSpec(f"checkpoint:{name}", make, adopt=kept.extend, stored=True)
 
     def _core_ends(self, edges: int) -> list[int]:
         while len(self._channels) < edges:
@@ -495,7 +506,3 @@ def _memory() -> int:
             with contextlib.suppress(OSError, ValueError):  # "max": no limit
                 limits.append(int((one / "memory.max").read_text(encoding="ascii")))
     return min(limits)
-
-
-def _checkpoint(name: str) -> int:
-    return os.memfd_create(f"checkpoint-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)

@@ -38,6 +38,7 @@ class Taps:
                 functools.partial(self._hold, device, linux_bridge),
                 key=(linux_bridge, self._attempts.get(device, 0)),
                 adopt=functools.partial(self._adopt, device),
+                stored=True,
             )
             for device, linux_bridge in wanted.items()
         ]

@@ -72,6 +72,7 @@ _VERBS: Mapping[str, _Verb] = {
     "config": _Verb("configuration", "show the effective configuration, or all defaults"),
     "demo": _Verb("laboratory", "kill a server of its own again and again, and show what is lost"),
     "chaos": _Verb("laboratory", "make every fault that can be made on a server of its own"),
+    "execstop": _Verb("service", "what systemd calls before it ends the service"),
     "execsvc": _Verb("service", "the service itself, in this process; `start` launches it"),
 }
 

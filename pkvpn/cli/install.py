@@ -21,6 +21,8 @@ from pkvpn.users import UserError, commands_to_make, make_users
 
 # Above what the tree needs for a stop of its own, so that systemd kills nobody who was about to.
 _STOP_MARGIN = 10.0
+# Listening sockets, checkpoints, TAPs and the like.
+_HELD_MOST = 500
 
 
 def _install_arguments(parser: argparse.ArgumentParser) -> None:
@@ -169,6 +171,7 @@ def _plan(settings: Settings, args: argparse.Namespace) -> units.Plan:
         if not all(address.port for address in service.listen):
             raise Refusal("systemd cannot choose a port: name each in [service] listen")
         listen = tuple(map(str, service.listen))
+    edges = settings.edge_processes(os.cpu_count() or 1)
     return units.Plan(
         command=(sys.executable, "-m", "pkvpn", *config),
         environment=_environment(),
@@ -176,6 +179,7 @@ def _plan(settings: Settings, args: argparse.Namespace) -> units.Plan:
         state_dir=str(service.state_dir),
         log_dir=str(service.log_file.parent),
         listen=listen,
+        descriptors=edges * settings.watchdog.given_max + _HELD_MOST,
         start_timeout=start_budget(settings),
         stop_timeout=stop_budget(settings) + _STOP_MARGIN,
         user=args.user,

@@ -479,6 +479,23 @@ def _request(settings: Settings, verb: str, timeout: float) -> None:
         raise Refusal(f"{verb}: the watchdog does not answer: {error}") from None
 
 
+# --- execstop ------------------------------------------------------------------------------------
+
+
+def _execstop_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--user", action="store_true", help=argparse.SUPPRESS)
+
+
+def _execstop(args: argparse.Namespace) -> int:
+    """Say to the watchdog what kind of end it is; systemd sends it a TERM after this."""
+    manager = Manager.of_user() if args.user else Manager.of_system()
+    if manager.is_restarting():
+        settings = load_settings(args.config)
+        with contextlib.suppress(OSError, ControlError):
+            ask(str(settings.control_socket), "stop", {"yield": True}, timeout=ANSWER_TIMEOUT)
+    return OK
+
+
 # --- execsvc -------------------------------------------------------------------------------------
 
 
@@ -524,5 +541,6 @@ COMMANDS = {
     "reload": Command(_reload_arguments, _reload),
     "force-reload": Command(_reload_arguments, _reload),
     "upgrade": Command(_no_arguments, _upgrade),
+    "execstop": Command(_execstop_arguments, _execstop),
     "execsvc": Command(_execsvc_arguments, _execsvc),
 }

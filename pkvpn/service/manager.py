@@ -79,6 +79,15 @@ class Manager:
         text = self.call("show", "--property=MainPID", "--value", units.SERVICE).strip()
         return int(text) if text.isdigit() else 0
 
+    def is_restarting(self) -> bool:
+        """Whether the service is being ended to be started anew; False if that is not known."""
+        try:
+            # JOB UNIT TYPE STATE
+            words = self.call("list-jobs", "--no-legend", "--full", units.SERVICE).split()
+        except ManagerError:
+            return False
+        return len(words) > 2 and words[2] in ("restart", "try-restart")
+
     # -- the files
 
     def instance(self) -> str:

@@ -81,6 +81,7 @@ class Plan:
     state_dir: str
     log_dir: str
     listen: tuple[str, ...]  # addresses that systemd is to open; empty: the service does
+    descriptors: int  # that systemd keeps for the next process of the service
     start_timeout: float
     stop_timeout: float
     user: bool = False  # a unit of the user's own manager, with that user's rights
@@ -148,6 +149,11 @@ def _service_lines(plan: Plan) -> Iterator[str]:
         yield "Environment=" + _quoted(f"{name}={value}")
     yield "ExecStart=" + _line(*plan.command, "execsvc")
     yield "ExecReload=" + _line(*plan.command, "reload", "--direct")
+    # Whether it is to make way for its successor or to end is known to systemd alone.
+    yield "ExecStop=" + _line(*plan.command, "execstop", *(["--user"] if plan.user else []))
+    yield f"FileDescriptorStoreMax={plan.descriptors}"
+    # What systemd says itself from version 254 on.
+    yield f"Environment=FDSTORE={plan.descriptors}"
     # It asks the children; what is left after the time-out, and below them, is killed.
     yield "KillMode=mixed"
     yield f"TimeoutStartSec={plan.start_timeout:g}"

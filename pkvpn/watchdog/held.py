@@ -14,7 +14,7 @@ import logging
 import os
 import socket
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from pkvpn.watchdog.child import (
     DROP,
@@ -104,6 +104,10 @@ class Kept:
         self._followed: set[bytes] = set()
         self._given: dict[bytes, None] = {}
         self._dropped: dict[bytes, None] = {}
+        # Told of each that comes, and of each number that is closed: for good, or because the key
+        # has been given again, perhaps with the same open file.
+        self.on_keep: Callable[[bytes, int], None] = lambda _key, _fd: None
+        self.on_drop: Callable[[int, bool], None] = lambda _fd, _for_good: None
 
     def follow(self) -> dict[bytes, int]:
         """What there is now, for a standby that is born with it; `tell` goes on from there."""
@@ -174,6 +178,7 @@ class Kept:
         if what == DROP and not fds:
             fd = self.descriptors.pop(key, None)
             if fd is not None:
+                self.on_drop(fd, True)
                 close_all([fd])
                 self._note_dropped(key)
             return ""
@@ -184,22 +189,36 @@ class Kept:
         if len(self.descriptors) >= self.limit and key not in self.descriptors:
             return f"at most {self.limit} are kept"
         try:
-            high = fcntl.fcntl(fds[0], fcntl.F_DUPFD_CLOEXEC, self._floor)
+            high = self._lift(fds[0])
         except OSError as error:
-            if error.errno != errno.EINVAL:
-                return f"cannot be kept: {error.strerror}"
-            # The band lies above RLIMIT_NOFILE: then in the way of the others.
-            high = fds[0]
-            os.set_inheritable(high, False)
-        else:
-            os.close(fds[0])
+            return f"cannot be kept: {error.strerror}"
         before = self.descriptors.pop(key, None)
         if before is not None:
+            self.on_drop(before, False)
             close_all([before])
             self._note_dropped(key)
         self.descriptors[key] = high
         self._given[key] = None
+        self.on_keep(key, high)
         return ""
+
+    def adopt(self, key: bytes, fd: int) -> int:
+        """Go on keeping what a watchdog before us kept; returns its number from now on."""
+        self.descriptors[key] = self._lift(fd)
+        return self.descriptors[key]
+
+    def _lift(self, fd: int) -> int:
+        """The same open file in our band; the other number is closed.  Raises OSError."""
+        try:
+            high = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, self._floor)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            # The band lies above RLIMIT_NOFILE: then in the way of the others.
+            os.set_inheritable(fd, False)
+            return fd
+        os.close(fd)
+        return high
 
     def _note_dropped(self, key: bytes) -> None:
         self._given.pop(key, None)

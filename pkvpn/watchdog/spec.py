@@ -86,6 +86,9 @@ class HeldSpec:
     key: Any = None
     # Called instead of ``open`` with what the image before an upgrade held.
     adopt: Callable[[list[int]], None] = field(compare=False, default=lambda _descriptors: None)
+    # Whether it outlives the watchdog, where the service manager keeps descriptors: then ``adopt``
+    # is called with what was kept, and ``open`` after it, which goes on with that.
+    stored: bool = False
     # The name in the runtime directory by which others find it: removed there, it is opened anew.
     name_in_runtime_dir: str = ""
 

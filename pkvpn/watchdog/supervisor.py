@@ -12,6 +12,7 @@ The process that runs this parses nothing a network peer sent, touches no disk w
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import logging
 import math
@@ -28,6 +29,7 @@ from typing import Any
 
 from pkvpn.watchdog import control, fdstore, instance, machine, procfs, report, sweep, upgrade
 from pkvpn.watchdog.child import ALL_SIGNALS, Birth, next_moment
+from pkvpn.watchdog.fdstore import FdStore
 from pkvpn.watchdog.held import HeldDescriptors, close_all
 from pkvpn.watchdog.home import Home
 from pkvpn.watchdog.incarnation import ChildEnds, Incarnation
@@ -76,6 +78,8 @@ _DUMP_INTERVAL = 1.0
 # The same excuse is written down at most so often.
 _EXCUSE_INTERVAL = 10.0
 _WITH_PROCESS = (State.STARTING, State.UP, State.STOPPING)
+# A service manager that has no room for more of what it is to keep is asked again after so long.
+_BUSY_MANAGER = 0.05
 # How long the new program may take to say that it would start.
 _TRIAL_TIMEOUT = 30.0
 
@@ -111,6 +115,8 @@ class Supervisor:
         self._told_ready = False
         self._exit = EXIT_OK
         self._held = HeldDescriptors()
+        self._store = FdStore(self._manager, enabled=fdstore.ENABLED in os.environ)
+        self._yielding = False  # stopping, and the next process of the service goes on
         self._lot = random.Random()  # noqa: S311 - jitter
         self._image = 1  # how many upgrades ago this watchdog was started
         self._archive = -1  # what an upgrade that fails goes back to
@@ -136,11 +142,7 @@ class Supervisor:
             self._archive = upgrade.copy_package(self._spec.upgrade.package)
         self._open_log({name: _log_channel() for name in self._senders(self._spec)})
         try:
-            inherited = fdstore.take_inherited(os.environ, os.getpid())
-            for held in self._spec.held:
-                self._held.open(held, inherited.pop(held.name, ()))
-            for descriptors in inherited.values():
-                close_all(descriptors)  # nobody here knows what they are
+            self._open_held(fdstore.take_inherited(os.environ, os.getpid()))
             self._listen(control.listen(os.path.join(self._spec.runtime_dir, _CONTROL_NAME)))
         except Exception as error:  # noqa: BLE001 - an opener is the daemon author's
             # Nobody is there yet who could write it down.
@@ -149,6 +151,38 @@ class Supervisor:
             return EXIT_START_FAILED
         self._entry("starting", pid=os.getpid())
         return self._live()
+
+    def _open_held(self, everything: dict[str, list[int]]) -> None:
+        """``everything``: what the service manager has kept, or opened, for us."""
+        inherited, gifts, ledgers = fdstore.sort_inherited(everything)
+        for held in self._spec.held:
+            self._held.open(held, inherited.pop(fdstore.written_name(held.name), ()))
+        for name, descriptors in inherited.items():
+            close_all(descriptors)  # nobody here knows what they are
+            self._manager.unstore(name)
+        adopted: dict[int, fdstore.Gift] = {}
+        for fd, (child, key) in gifts.items():
+            slot = self._slots.get(child)
+            if (
+                slot is not None
+                and key not in slot.kept.descriptors
+                and len(slot.kept.descriptors) < slot.kept.limit
+            ):
+                adopted[slot.kept.adopt(key, fd)] = (child, key)
+            else:
+                self._store.discard(fd)
+        self._begin_store(adopted, ledgers)
+        if adopted:
+            self._entry("adopted", kept=len(adopted))
+
+    def _begin_store(self, gifts: dict[int, fdstore.Gift], ledgers: list[str]) -> None:
+        self._store.begin(gifts, ledgers)
+        for held in self._spec.held:
+            if held.stored:
+                self._store.hold(held.name, self._held.descriptors(held.name))
+        for slot in self._slots.values():
+            slot.kept.on_keep = functools.partial(self._store.keep, slot.name)
+            slot.kept.on_drop = self._store.drop
 
     def resume(self, table: dict[str, Any], table_fd: int) -> int:
         """Go on with what the image before an upgrade left; returns the exit code.
@@ -180,13 +214,19 @@ class Supervisor:
         self._control_fd = table["control"]
         for fd in self._descriptors():
             os.set_inheritable(fd, False)
-        replace_all = bool(table["replace"])
+        replace_all, ledgers = bool(table["replace"]), list(table["ledgers"])
         upgrade.commit()
         os.close(table_fd)
-        return self._live(lambda: self._begin_again(replace_all, now))
+        return self._live(lambda: self._begin_again(replace_all, ledgers, now))
 
-    def _begin_again(self, replace_all: bool, now: float) -> None:
+    def _begin_again(self, replace_all: bool, ledgers: list[str], now: float) -> None:
         """The first thing after the commit."""
+        gifts = {
+            fd: (slot.name, key)
+            for slot in self._slots.values()
+            for key, fd in slot.kept.descriptors.items()
+        }
+        self._begin_store(gifts, ledgers)
         self._listen(self._control_fd)
         if self._spec.upgrade is not None and not upgrade.is_copy(self._spec.upgrade.package):
             # From here on, a failure of the next upgrade comes back to this code.
@@ -326,6 +366,7 @@ class Supervisor:
         self._contain(None, lambda: self._advance(now), now)
         if self._is_good():
             self._manager.feed(now)
+        self._manager.catch_up()
         if self._strangers:
             self._strangers = False
             self._contain(None, self._end_strangers, now)
@@ -353,6 +394,8 @@ class Supervisor:
     def _next_deadline(self, now: float) -> float:
         # Never later than the next second, so that time we were away for is seen as such.
         nearest = min(next_moment(now, 1.0), self._trial_deadline, self._home_at)
+        if self._manager.behind:
+            nearest = min(nearest, now + _BUSY_MANAGER)
         for slot in self._slots.values():
             own = slot.machine.next_deadline()
             if own is not None and own < nearest:
@@ -407,6 +450,9 @@ class Supervisor:
         """Nobody of ours is left: end what was not ours, give everything back."""
         sweep.kill_orphans(set(), set(), budget=_LAST_SWEEP)
         self._home.close()
+        if self._exit == EXIT_OK and self._tree.over and not self._yielding:
+            self._store.forget()
+            self._manager.catch_up()
         self._give_back()
 
     # -- the runtime directory
@@ -458,6 +504,7 @@ class Supervisor:
         for slot in self._slots.values():
             slot.kept.close()
         self._held.close()
+        self._store.close()
         for _, write in self._log_channels.values():
             os.close(write)
         for name in (_CONTROL_NAME, instance.PID_NAME):
@@ -740,7 +787,7 @@ class Supervisor:
             if isinstance(command, machine.Spawn):
                 self._spawn(slot, command.fresh, now)
             elif isinstance(command, machine.Ask) and slot.alive is not None:
-                slot.alive.order(Order.YIELD if command.yielding else Order.STOP)
+                slot.alive.order(Order.YIELD if command.yielding or self._yielding else Order.STOP)
             elif isinstance(command, machine.Gather) and slot.alive is not None:
                 self._gather(slot.alive)
                 # Its handler writes there when it is done with the stacks, loop or no loop.
@@ -1014,6 +1061,8 @@ class Supervisor:
             return self._status()
         if verb == "stop":
             self._entry("stop-asked", by="control")
+            # One that is already stopping may be told only that nobody comes after it.
+            self._yielding = bool(args.get("yield")) and (self._yielding or not self._tree.stopping)
             self._stop(now)
             return {"stopping": True, "pid": os.getpid()}
         if verb == "reload":
@@ -1084,7 +1133,13 @@ class Supervisor:
                     changed.add(held.name)
             except Exception as error:  # noqa: BLE001 - an opener is the daemon author's
                 refused.append(f"{held.name} stays what it was: {error}")
-        self._held.keep_only({LOG_CHILD, *(held.name for held in spec.held)})
+        wanted = {held.name for held in spec.held}
+        for name in set(self._held.counts()) - wanted:
+            self._store.release(name)
+        self._held.keep_only({LOG_CHILD, *wanted})
+        for held in spec.held:
+            if held.stored and held.name in changed:
+                self._store.hold(held.name, self._held.descriptors(held.name))
         self._spec = spec
         replaced = []
         for child in self._all_children(spec):
@@ -1164,6 +1219,7 @@ class Supervisor:
             "lock": self._lock.fd,
             "log": self._log_channels,
             "control": self._control_fd,
+            "ledgers": self._store.ledgers(),
             "held": {
                 name: self._held.descriptors(name)
                 for name in self._held.counts()

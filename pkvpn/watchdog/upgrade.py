@@ -32,7 +32,7 @@ from pkvpn.watchdog.spec import Upgrade
 
 # Of the table that goes from one image to the next.  An image that does not know it refuses,
 # and the old one goes on.
-VERSION = 2
+VERSION = 3
 
 # A watchdog that fails goes on as a new image so often; then it is the end.
 FALLS = 3

@@ -16,6 +16,7 @@ PLAN = units.Plan(
     state_dir="/var/lib/pkvpn",
     log_dir="/var/log/pkvpn",
     listen=(),
+    descriptors=12100,
     start_timeout=45.0,
     stop_timeout=39.0,
 )
