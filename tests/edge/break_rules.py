@@ -5,7 +5,7 @@
 Strategy: a break is a text of the code and what stands there instead, the slip or the thoughtless
 simplification that the rule forbids.  It is made in a copy, and the one test is run there; with
 numbers only those rules are broken.  `test_rules.py` sees in each run of the suite that the texts
-and the tests are still there, and that ARCHITECTURE.md names the same ones; this program takes two
+and the tests are still there, and that ARCHITECTURE.md names the same ones; this program takes some
 minutes and is for whoever has changed one of these lines, or doubts.
 """
 
