@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
+import tempfile
 from pathlib import Path
 
 import pytest
 
+from pkvpn.app import prepare_directories
+from pkvpn.cli import main
+from pkvpn.config import load
 from pkvpn.core.store import StoreError, read_bridges
 from pkvpn.users import UserError, acting_as_owner, find_user, hand_over, let_through, make_users
 from pkvpn.watchdog.confinement import User
@@ -96,3 +101,28 @@ def test_a_link_in_the_way_of_the_database_leads_root_nowhere(tmp_path: Path) ->
         assert read_bridges(str(core)) == []
     with acting_as_owner(tmp_path), acting_as_owner(tmp_path / "none"):
         assert os.geteuid() == 0
+
+
+@pytest.mark.root
+def test_an_operator_follows_no_link_of_the_core() -> None:
+    """While the service is stopped root's command opens the database itself."""
+    directory = Path(tempfile.mkdtemp(prefix="pkvpn-users-"))
+    try:
+        directory.chmod(0o711)
+        config, core, prey = directory / "c.toml", directory / "state/core", directory / "prey"
+        config.write_text(
+            '[service]\nstate_dir = "state"\nruntime_dir = "run"\ncore_user = "nobody"\n'
+        )
+        settings = load(config)
+        prepare_directories(settings)
+        assert main(["--config", str(config), "hub", "add", "T"]) == 0
+        nobody = find_user("nobody")
+        assert nobody is not None
+        assert (core / "pkvpn.db").stat().st_uid == nobody.uid
+        prey.mkdir(0o700)
+        (core / "pkvpn.db").unlink()
+        (core / "pkvpn.db").symlink_to(prey / "passwd")
+        assert main(["--config", str(config), "hub", "add", "T"]) != 0
+        assert list(prey.iterdir()) == []
+    finally:
+        shutil.rmtree(directory)

@@ -223,10 +223,12 @@ def _who_answers(settings: Settings, noun: str) -> Iterator[Ask]:
         raise Refusal(f"the service is not running, so it has no {noun}s", NOT_RUNNING)
     from pkvpn.core.control import Control, Refused
     from pkvpn.core.store import Store, StoreError
+    from pkvpn.users import acting_as_owner
 
     make_directories(settings)
     try:
-        with closing(Store(str(settings.core_dir))) as store:
+        # The core may have put a link where its database was.
+        with acting_as_owner(settings.core_dir), closing(Store(str(settings.core_dir))) as store:
             yield Control(store).answer
     except (Refused, StoreError) as error:
         raise Refusal(str(error)) from None
