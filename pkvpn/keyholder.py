@@ -79,23 +79,20 @@ class KeyHolder:
                 _be_the_copier(self._fd, files, write)
             os.close(write)
             write = -1
-            try:
-                poller = select.poll()
-                poller.register(read, select.POLLIN)
-                poller.poll(patience * 1000)
-            finally:
-                # It has said all, or hangs on a disk; nobody else has reaped it.
-                os.kill(pid, signal.SIGKILL)
+            poller = select.poll()
+            poller.register(read, select.POLLIN)
+            said = os.read(read, 65536) if poller.poll(patience * 1000) else b""
+            os.kill(pid, signal.SIGKILL)  # nobody has reaped it yet
+            if said:
                 os.waitpid(pid, 0)
-            os.set_blocking(read, False)
-            try:
-                answer = json.loads(os.read(read, 65536))
-            except BlockingIOError:
-                answer = {"wrong": _named(files, f"not read within {patience:g} s")}
+            # Else it hangs on a disk, and perhaps for ever: the watchdog reaps whoever ends.
         finally:
             for fd in (read, write):
                 if fd >= 0:
                     os.close(fd)
+        if not said:
+            raise CertificateError(_named(files, f"not read within {patience:g} s"))
+        answer = json.loads(said)
         if answer["wrong"]:
             raise CertificateError(answer["wrong"])
         if answer["made"]:
