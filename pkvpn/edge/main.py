@@ -361,6 +361,7 @@ class Edge:
             self._epoll_forget(peer)
             peer.sock.close()
         self._peers.clear()
+        self._chores.clear()  # each has us in its frame: the memory would stay mapped
         self._epoll.close()
         for sock, _, _ in self._waiting:
             sock.close()
