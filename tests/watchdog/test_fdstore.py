@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -17,7 +18,10 @@ from pkvpn.listeners import Listeners
 from pkvpn.watchdog import fdstore
 from pkvpn.watchdog.fdstore import FdStore
 from pkvpn.watchdog.notify import Notify
+from pkvpn.watchdog.spec import HeldSpec
+from tests.support import eventually
 from tests.system.bed import ROOT
+from tests.watchdog.running import child, running, spec_in
 
 TAKE = """
 import json, os
@@ -272,3 +276,30 @@ def test_a_manager_that_does_not_read_gets_everything_later(
     notify.catch_up()
     assert not notify.behind
     assert set(keeper.kept()) == {f"n{number}" for number in range(1, sent)}
+
+
+@pytest.mark.slow
+def test_a_tree_that_makes_way_leaves_what_it_holds_and_one_that_stops_does_not(
+    tmp_path: Path, keeper: Keeper
+) -> None:
+    def started_by_it() -> None:
+        os.environ.update(NOTIFY_SOCKET=keeper.path, FDSTORE="10")
+
+    held = HeldSpec("memory", lambda: [os.memfd_create("memory")], stored=True)
+    other = HeldSpec("other", lambda: [os.memfd_create("other")])
+    spec = spec_in(tmp_path, child("one", held=("memory", "other")), held=(held, other))
+
+    def names() -> set[str]:
+        return {name.partition("-")[0] for name in keeper.kept()}
+
+    with running(tmp_path, spec, before=started_by_it) as tree:
+        eventually(lambda: names() == {"memory", "ledger"})
+        tree.ask("stop", **{"yield": True})
+        tree.signal(signal.SIGTERM)  # which systemd sends in any case
+        assert tree.wait_end() == 0
+        assert names() == {"memory", "ledger"}
+    with running(tmp_path, spec, before=started_by_it) as tree:
+        tree.ask("stop", **{"yield": True})
+        tree.ask("stop")  # after all
+        assert tree.wait_end() == 0
+        eventually(lambda: "memory" not in names())
