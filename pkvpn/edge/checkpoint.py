@@ -348,6 +348,11 @@ class Slot:
         at = _rings_at(slots) + self.index * (rx_size + tx_size)
         return at, at + rx_size
 
+    def extents(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Where in the memory its own part and its rings are: begin and size of each."""
+        _, _, _, rx_size, tx_size = _HEADER.unpack_from(self._memory, 0)
+        return (self._at, SLOT_SIZE), (self.rings_at()[0], rx_size + tx_size)
+
     def clear(self) -> None:
         """Make it free; nothing in it counts from now on."""
         at = self._at

@@ -16,6 +16,7 @@ Everything is imported here, before the fork: a new edge costs a fork and not an
 import errno
 import fcntl
 import gc
+import itertools
 import logging
 import mmap
 import os
@@ -91,6 +92,8 @@ _HANDSHAKES_PER_TURN = 8
 # Messages of the core in one turn.
 _CONTROL_PER_TURN = 256
 _FRAMES_PER_TURN = 64
+# Connections without anything to do that are adopted with one tick.
+_ADOPTED_PER_TICK = 100
 # So long a turn may hear the core's messages (one that wakes a sleeper takes a tenth of that), and
 # so long it may do chores, and then none for a while: frames wait for both, and on a busy machine
 # who never rests is made to.
@@ -183,6 +186,7 @@ class Peer:
         "given",
         "handshake",
         "interest",
+        "left_at",
         "local",
         "ours",
         "peer",
@@ -214,6 +218,7 @@ class Peer:
         # The watchdog has, or was asked to have, a duplicate.
         self.given = False
         self.interest = 0
+        self.left_at: tuple[float, int] = (0.0, 0)  # see `_leave_pages`
         self.eof = False
         # Our side is shut down; when closing must be over at the latest.
         self.shut = False
@@ -310,6 +315,7 @@ class Edge:
         self._chores_wait = False  # all of them, for the core
         self._chores_at = 0.0  # when there is time for them again
         self._urgent = False  # connections that cannot wait are not adopted yet
+        self._adopting = False  # some of the others are just being adopted
         self._sweeping = False
         self._per_address: dict[str, int] = {}
         # Accepted, without a place: the socket, whose it is, until when it may wait.
@@ -433,6 +439,7 @@ class Edge:
         self._do_chores()
 
     def _adopt_all(self, first: list[int]) -> Chore:
+        """What cannot wait: who has something to do, and that the others can be woken."""
         began, found = time.monotonic(), len(self._sleeping)
         for conn in first:
             self._go_on(self._wake(conn))
@@ -448,20 +455,26 @@ class Edge:
                     self._find(conn)  # it is no socket, and will say so
                 yield False
         self._urgent = False
-        for conn in list(self._sleeping):
-            self._find(conn)
-            yield False
-        # No slot tells of the others: they died in their handshakes, or their slots made no sense.
-        for key, fd in self._given.items():
-            os.close(fd)
+        # No slot tells of these: they died in their handshakes, or their slots made no sense.
+        known = {_key(conn) for conn in self._sleeping}
+        for key in [key for key in self._given if key not in known]:
+            os.close(self._given.pop(key))
             self._drop(key)
             yield False
-        self._given.clear()
-        gc.freeze()
-        gc.enable()
         if found:
             spent = time.monotonic() - began
-            _log.info("adopted %d connections, %d at once, in %.3f s", found, len(first), spent)
+            _log.info("took over %d connections, %d at once, in %.3f s", found, len(first), spent)
+
+    def _adopt_some(self) -> Chore:
+        """A few of those that nothing has woken.  One after another tick, since it is no hurry,
+        and who has all of them awake dies more slowly (`_leave_pages`)."""
+        for conn in list(itertools.islice(self._sleeping, _ADOPTED_PER_TICK)):
+            self._find(conn)
+            peer = self._peers.get(conn)
+            if peer is not None:
+                self._leave_pages(peer)
+            yield False
+        self._adopting = False
 
     def _wake(self, conn: int) -> Peer | None:
         """The connection of that name, adopted now if nobody has done it yet."""
@@ -705,6 +718,12 @@ class Edge:
         if not self._sweeping:
             self._sweeping = True
             self._chores.append(self._sweep())
+        if self._sleeping and not self._adopting and not self._urgent:
+            self._adopting = True
+            self._chores.append(self._adopt_some())
+        if not self._sleeping and not gc.isenabled():
+            gc.freeze()
+            gc.enable()
         self._look_for_unheard()
         # A core of another version does not hear us.
         waits = next(iter(self._asked.values()), 0.0) if self._heeds_core else 0.0
@@ -746,6 +765,8 @@ class Edge:
                 if connection is not None:
                     if memory or self._short:
                         self._give_back_memory(peer, connection)
+                    if memory and now - connection.heard_at > _MEMORY_INTERVAL / 2:
+                        self._leave_pages(peer)
                     tx = connection.tx
                     tx.limit = min(_SHORT_RING, tx.size) if self._short else tx.size
                 if connection is not None and counts:
@@ -817,6 +838,22 @@ class Edge:
                     first, behind = -(-begin // _PAGE) * _PAGE, end // _PAGE * _PAGE
                     if first < behind:
                         self._punch(at + first, behind - first)
+
+    def _leave_pages(self, peer: Peer) -> None:
+        """Take the memory of one that rests out of our page tables; what is in it stays.
+
+        When we die, the kernel takes apart what is mapped, half a microsecond a page, before
+        anybody hears of it: with thousands of connections that would be most of a gap.
+        """
+        connection, slot = peer.connection, peer.slot
+        if connection is None or slot is None:
+            return
+        touched = (connection.heard_at, connection.tx.end)
+        if touched == peer.left_at:
+            return
+        peer.left_at = touched
+        for at, size in slot.extents():
+            self._memory.madvise(mmap.MADV_DONTNEED, at, size)
 
     def _punch(self, at: int, size: int) -> None:
         try:

@@ -39,13 +39,14 @@ CAPABILITIES = (
     "CAP_SYS_NICE", "CAP_SYS_RESOURCE",
 )  # fmt: skip
 
+_TEMPORARY = ("/tmp/", "/var/tmp/")  # noqa: S108 - not used, only known
+
 _HARDENING = (
     f"CapabilityBoundingSet={' '.join(CAPABILITIES)}",
     "NoNewPrivileges=yes",
     "ProtectSystem=strict",
     # The program itself may be installed there.
     "ProtectHome=read-only",
-    "PrivateTmp=yes",
     "DevicePolicy=closed",
     "DeviceAllow=/dev/net/tun rw",
     "ProtectClock=yes",
@@ -172,6 +173,10 @@ def _service_lines(plan: Plan) -> Iterator[str]:
     if not plan.user:
         yield "LimitNOFILE=524288"
         yield from _HARDENING
+        # A program that is tried out may lie there itself, or what it was told to use.
+        paths = (*plan.command, *plan.environment.values(), plan.runtime_dir, plan.state_dir)
+        if not any(path.startswith(_TEMPORARY) for path in paths):
+            yield "PrivateTmp=yes"
     yield ""
     yield "[Install]"
     yield "WantedBy=" + ("default.target" if plan.user else "multi-user.target")

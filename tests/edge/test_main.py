@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import mmap
 import os
+import re
 import socket
 import ssl
 import struct
@@ -360,6 +361,31 @@ def test_memory_of_connections_that_are_gone_is_given_back(
     a.close()
     b.close()
     eventually(lambda: os.fstat(tree.checkpoint).st_blocks * 512 < 50_000)
+
+
+def test_memory_of_connections_that_rest_is_not_mapped(
+    tree: FakeTree, pair: tuple[Client, Client]
+) -> None:
+    """The kernel would take it apart, page by page, before anybody hears that the edge is dead."""
+
+    def rest_soon() -> None:
+        main._MEMORY_INTERVAL = 0.05
+
+    def mapped() -> int:
+        """KiB of the checkpoint."""
+        text = Path(f"/proc/{tree.pid}/smaps").read_text()
+        found = re.search(r"memfd:checkpoint.*?^Rss: +(\d+) kB", text, re.MULTILINE | re.DOTALL)
+        return int(found[1]) if found else -1
+
+    a, b = pair
+    restart(tree, before=rest_soon)
+    frames = [frame(B, A, 1514)] * 9
+    a.sock.sendall(batch(*frames))
+    assert b.read_frames(9) == frames
+    # What was touched since, with what the kernel maps around it; the rings alone are 32.
+    eventually(lambda: 0 <= mapped() <= 52)
+    a.sock.sendall(batch(*frames))
+    assert b.read_frames(9) == frames
 
 
 def test_keep_alives_come_and_silence_ends(tree: FakeTree) -> None:

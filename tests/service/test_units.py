@@ -66,6 +66,15 @@ def test_directories_of_systemd_are_its_and_the_others_are_opened() -> None:
     assert unit["ReadWritePaths"] == ['"/srv/my vpn"', "/srv/log"]
 
 
+def test_a_program_that_lies_in_a_temporary_directory_sees_it() -> None:
+    assert settings(units.service_unit(PLAN))["PrivateTmp"] == ["yes"]
+    tried = replace(PLAN, command=("/tmp/checkout/bin/python", "-m", "pkvpn"))
+    assert "PrivateTmp" not in settings(units.service_unit(tried))
+    assert "PrivateTmp" not in settings(
+        units.service_unit(replace(PLAN, state_dir="/var/tmp/state"))
+    )
+
+
 def test_a_users_unit_asks_for_nothing_that_takes_rights() -> None:
     unit = settings(units.service_unit(replace(PLAN, user=True)))
     assert unit["WantedBy"] == ["default.target"]
