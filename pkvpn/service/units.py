@@ -175,7 +175,9 @@ def _service_lines(plan: Plan) -> Iterator[str]:
         yield from _HARDENING
         # A program that is tried out may lie there itself, or what it was told to use.
         paths = (*plan.command, *plan.environment.values(), plan.runtime_dir, plan.state_dir)
-        if not any(path.startswith(_TEMPORARY) for path in paths):
+        if any(path.startswith(_TEMPORARY) for path in paths):
+            yield "ReadWritePaths=" + " ".join(_TEMPORARY)
+        else:
             yield "PrivateTmp=yes"
     yield ""
     yield "[Install]"
