@@ -83,8 +83,10 @@ _OPENSSL_MEMORY = 48 << 10
 # While memory is short, a client that does not read has so much of its send ring.
 _SHORT_RING = 32768
 
-# New connections in one turn.
-_ACCEPTS_PER_TURN = 64
+# New connections in one turn: who came first is not to wait until all others are let in.
+_ACCEPTS_PER_TURN = 4
+# While all places are taken, in one tick.
+_ACCEPTS_PER_TICK = 64
 # Handshakes under way.  Where there are more, the oldest ones have come to nothing.
 _MAX_HANDSHAKES = 1024
 # Steps of handshakes in one turn, for the same reason: frames wait for it.
@@ -952,7 +954,7 @@ class Edge:
         if not self._is_full() or not self._may_accept():
             return
         for listener in self._listeners.values():
-            for _ in range(_ACCEPTS_PER_TURN):
+            for _ in range(_ACCEPTS_PER_TICK):
                 accepted = self._accept_one(listener)
                 if accepted is None:
                     break
