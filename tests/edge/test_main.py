@@ -1134,7 +1134,7 @@ def test_all_together_have_so_much_memory_and_who_reads_gets_his_frames(pem: Pem
             drops = dict(zip(EdgeDrop, totals.drops, strict=True))
             refusals = dict(zip(channel.Refusal, totals.refusals, strict=True))
             # Which of both, depends on how much has come when the edge looks.
-            return drops[EdgeDrop.NO_MEMORY] + refusals[channel.Refusal.NO_MEMORY]
+            return int(drops[EdgeDrop.NO_MEMORY] + refusals[channel.Refusal.NO_MEMORY])
 
         eventually(refused, within=20.0)
         tree.core.control.settimeout(10)
