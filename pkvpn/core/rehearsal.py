@@ -5,7 +5,6 @@ and users of its own hears an edge that is played by us: two clients log in and 
 then its successor hears of them from that edge, and of somebody new.
 """
 
-import logging
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -33,8 +32,6 @@ from pkvpn.watchdog.child import Child
 
 M = TypeVar("M")
 
-_log = logging.getLogger("pkvpn.core")
-
 # A stage on which nothing happens for so long is left.
 _PATIENCE = 2.0
 _HUB, _USER = "rehearsal", "rehearsal"
@@ -52,14 +49,8 @@ class Core(Protocol):
 
 def rehearse(child: Child, make_core: Callable[[Child, Accounts], Core]) -> None:
     """Play it through.  To be called while ``child`` stands by."""
-    logging.disable()  # nobody is to read of clients that are none
-    try:
-        _Stage(child, make_core).play()
-    except (OSError, channel.ChannelError, ProtocolError) as error:
-        logging.disable(logging.NOTSET)
-        _log.warning("a core that stands by has not rehearsed: %s", error)
-    finally:
-        logging.disable(logging.NOTSET)
+    harmless = (OSError, channel.ChannelError, ProtocolError)
+    child.rehearse("a core", _Stage(child, make_core).play, *harmless)
 
 
 class _Stage:

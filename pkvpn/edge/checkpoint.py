@@ -350,8 +350,9 @@ class Slot:
 
     def extents(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Where in the memory its own part and its rings are: begin and size of each."""
-        _, _, _, rx_size, tx_size = _HEADER.unpack_from(self._memory, 0)
-        return (self._at, SLOT_SIZE), (self.rings_at()[0], rx_size + tx_size)
+        rx_at, _ = self.rings_at()
+        # Both stand side by side.
+        return (self._at, SLOT_SIZE), (rx_at, len(self.rx_memory) + len(self.tx_memory))
 
     def clear(self) -> None:
         """Make it free; nothing in it counts from now on."""

@@ -1437,10 +1437,10 @@ class Edge:
             self._give_back(peer.slot)
 
     def _give_back(self, slot: Slot) -> None:
-        """The slot, and the memory of both its rings, which stand side by side."""
-        rx_at, _ = slot.rings_at()
+        """The slot, and the memory of its rings."""
+        _, rings = slot.extents()
         self._checkpoint.give_back(slot)
-        self._punch(rx_at, len(slot.rx_memory) + len(slot.tx_memory))
+        self._punch(*rings)
 
     def _epoll_forget(self, peer: Peer) -> None:
         if self._by_fd.pop(peer.fd, None) is not None:

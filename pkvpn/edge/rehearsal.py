@@ -8,7 +8,6 @@ and whatever goes wrong only means that the successor will be slower.
 """
 
 import gc
-import logging
 import os
 import socket
 import ssl
@@ -21,8 +20,6 @@ from pkvpn import channel
 from pkvpn.channel import Adopted, Flow, Frames, FramesOut, Hello, Mode, Opened, Request, State
 from pkvpn.protocol.blocks import encode_batch
 from pkvpn.watchdog.child import Child
-
-_log = logging.getLogger("pkvpn.edge")
 
 # A stage on which nothing happens for so long is left.
 _PATIENCE = 2.0
@@ -43,15 +40,14 @@ class Edge(Protocol):
 
 def rehearse(child: Child, make_edge: Callable[[Child], Edge]) -> None:
     """Play it through.  To be called while ``child`` stands by."""
-    logging.disable()  # nobody is to read of clients that are none
-    try:
+
+    def play() -> None:
         with ExitStack() as stack:
             _Stage(child, make_edge, stack).play()
-    except (OSError, channel.ChannelError, ValueError) as error:
-        logging.disable(logging.NOTSET)
-        _log.warning("an edge that stands by has not rehearsed: %s", error)
+
+    try:
+        child.rehearse("an edge", play, OSError, channel.ChannelError, ValueError)
     finally:
-        logging.disable(logging.NOTSET)
         gc.enable()  # an edge that is left while it adopts has not come to that
 
 
@@ -67,7 +63,6 @@ class _Client:
         self._to_say = b""
         self._shaken = False
         self.heard = 0  # bytes
-        self.left = False  # by the edge
 
     def say(self, data: bytes) -> None:
         """As soon as hands are shaken."""
@@ -76,9 +71,7 @@ class _Client:
     def step(self) -> None:
         """Do what can be done without waiting."""
         try:
-            data = self.sock.recv(65536)
-            self.left |= not data
-            self._incoming.write(data)
+            self._incoming.write(self.sock.recv(65536))
         except BlockingIOError:
             pass
         try:
@@ -90,10 +83,8 @@ class _Client:
                 self._to_say = b""
             while data := self._tls.read(65536):
                 self.heard += len(data)
-        except ssl.SSLWantReadError:
+        except (ssl.SSLWantReadError, ssl.SSLZeroReturnError):
             pass
-        except ssl.SSLZeroReturnError:
-            self.left = True
         self.sock.send(self._outgoing.read())
 
 

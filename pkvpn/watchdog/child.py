@@ -23,7 +23,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
@@ -185,6 +185,23 @@ class Child:
         return refusals
 
     # -- what a target with a standby calls
+
+    def rehearse(self, who: str, play: Callable[[], None], *harmless: type[Exception]) -> None:
+        """Play something through before `stand_by`; nobody is to read of it in the log.
+
+        That one of ``harmless`` is raised is told, and means only that our turn will be slower.
+        ``who``: we, in that line.
+        """
+        failed: Exception | None = None
+        logging.disable()
+        try:
+            play()
+        except harmless as error:
+            failed = error
+        finally:
+            logging.disable(logging.NOTSET)
+        if failed is not None:
+            _log.warning("%s that stands by has not rehearsed: %s", who, failed)
 
     @contextmanager
     def stage(
@@ -392,9 +409,9 @@ class Child:
                 key, _, why = body.rpartition(b"\0")
                 self._refusals.append((key, why.decode(errors="replace")))
             elif what == HANDED:
-                self._birth.given.update(zip(_keys(body), fds, strict=True))
+                self._birth.given.update(zip(_unpack_keys(body), fds, strict=True))
             elif what == LET_GO:
-                for key in _keys(body):
+                for key in _unpack_keys(body):
                     os.close(self._birth.given.pop(key))
             elif what == SERVE:
                 self.incarnation = int.from_bytes(body, "big")
@@ -409,7 +426,12 @@ class Child:
             return None
 
 
-def _keys(body: bytes) -> Iterator[bytes]:
+def pack_keys(keys: Iterable[bytes]) -> bytes:
+    """As they stand in HANDED and LET_GO."""
+    return b"".join(bytes([len(key)]) + key for key in keys)
+
+
+def _unpack_keys(body: bytes) -> Iterator[bytes]:
     while body:
         end = 1 + body[0]
         yield body[1:end]

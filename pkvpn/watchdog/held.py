@@ -25,6 +25,7 @@ from pkvpn.watchdog.child import (
     MAX_KEY,
     REFUSED,
     SERVE,
+    pack_keys,
 )
 from pkvpn.watchdog.spec import HeldSpec
 
@@ -127,14 +128,14 @@ class Kept:
         """
         while self._dropped:
             some = list(self._dropped)[:HANDED_AT_ONCE]
-            gifts.send(LET_GO + b"".join(bytes([len(key)]) + key for key in some))
+            gifts.send(LET_GO + pack_keys(some))
             for key in some:
                 del self._dropped[key]
                 self._followed.discard(key)
         while self._given:
             some = list(self._given)[:HANDED_AT_ONCE]
-            keys = b"".join(bytes([len(key)]) + key for key in some)
-            socket.send_fds(gifts, [HANDED + keys], [self.descriptors[key] for key in some])
+            message = HANDED + pack_keys(some)
+            socket.send_fds(gifts, [message], [self.descriptors[key] for key in some])
             for key in some:
                 del self._given[key]
                 self._followed.add(key)

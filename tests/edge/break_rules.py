@@ -200,7 +200,7 @@ BREAKS = (
     ),
     # Memory.
     Break(
-        10, _MAIN, "self._punch(rx_at, len(slot.rx_memory) + len(slot.tx_memory))",
+        10, _MAIN, "self._punch(*rings)",
         "pass", f"{_TEST_MAIN}::test_memory_of_connections_that_are_gone_is_given_back",
     ),
     Break(

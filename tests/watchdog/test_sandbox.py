@@ -9,7 +9,6 @@ import resource
 import signal
 import socket
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import pytest
 from pkvpn.watchdog import sandbox
 from pkvpn.watchdog.confinement import Confinement, Files, Network, User
 from pkvpn.watchdog.sandbox import Abilities, ConfinementError, describe
-from tests.support import process_gone
+from tests.support import eventually, process_gone
 from tests.watchdog.running import child, running, spec_in
 
 ABLE = sandbox.abilities()
@@ -263,7 +262,4 @@ def test_a_child_of_another_user_dies_with_the_watchdog_and_can_be_looked_at(
         tree.signal(signal.SIGQUIT, "worker")
         assert "wait" in tree.report("worker")["stacks"]
         tree.signal(signal.SIGKILL)
-        deadline = time.monotonic() + 5.0
-        while not process_gone(status["pid"]) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert process_gone(status["pid"])
+        eventually(lambda: process_gone(status["pid"]), within=5.0)
