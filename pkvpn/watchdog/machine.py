@@ -178,9 +178,9 @@ class GiveUp:
 
 Command = Spawn | Ask | Gather | Kill | Announce | ReportDeath | GiveUp
 
-# How long a child gets at most to write its stacks before it is killed.  50 ms is ten times what
-# faulthandler takes for 100 threads, and one third of what a hang may cost on top of its deadline.
-EVIDENCE_TIMEOUT = 0.05
+# How long a child gets at most to write its stacks before it is killed.  It says when it is done,
+# which faulthandler is within 5 ms for 100 threads; the rest is for one that waits for a processor.
+EVIDENCE_TIMEOUT = 0.25
 # A killed process that is still there after this is in the kernel's hands (D state, frozen):
 # said, and looked at again after the same time.
 UNDEAD_TIMEOUT = 1.0
