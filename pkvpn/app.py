@@ -245,11 +245,12 @@ class Service:
         return self._child(
             name, edge_main, settings,
             held=("listen", "certificate", f"channel:{name}", f"checkpoint:{name}"),
-            duties=("accept", "login", "forward", "hear"),
+            duties=("accept", "login", "forward", "hear", "look"),
             # What waits there waits for the core's answer.
             accuses=(
                 Accuses(
-                    "login", ("core",), self.settings.watchdog.deaf_timeout, excused_by=("login",)
+                    "login", ("core",), self.settings.watchdog.deaf_timeout,
+                    excused_by=("login",), looks="look",
                 ),
             ),
             keep_limit=self.settings.watchdog.given_max, standby=self.settings.watchdog.standby,

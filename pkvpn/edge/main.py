@@ -356,6 +356,7 @@ class Edge:
         self._accept = child.duty("accept")
         self._login = child.duty("login")
         self._forward = child.duty("forward")
+        self._look = child.duty("look")
         self._hear = child.duty("hear")
         self._heard = 0  # of it, at the last tick
         self._epoll = select.epoll()
@@ -706,6 +707,7 @@ class Edge:
     def _tick(self) -> None:
         """What is due some times a second."""
         now = self.now
+        self._look.done += 1
         self._accept_or_not()
         self._accept_our_own()
         self._end_old_handshakes()

@@ -146,6 +146,8 @@ class TreeSpec:
                             f"child {child.name} accuses {accused!r}, which is no child"
                         )
                 self._check_excuses(accuses)
+                if accuses.looks and accuses.looks not in child.duties:
+                    raise ValueError(f"child {child.name} has no duty {accuses.looks!r}")
             for name in child.held:
                 if name not in held:
                     raise ValueError(f"child {child.name}: nothing held is named {name!r}")

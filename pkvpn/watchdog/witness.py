@@ -3,7 +3,8 @@
 Strategy: a witness has duties in which others are accused; while something waits in one of
 them, those are *deaf*: their beats are fine, but nobody is served.  They are believed guilty
 only if they, and everybody else whom this witness knows, lived and beat since the trouble began:
-a witness that asked while somebody was just being replaced, or was stopped, accuses nobody.
+a witness that asked while somebody was just being replaced, or was stopped, accuses nobody.  Nor
+does one that beats and has stopped looking: what it says is what it last saw.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ class Accuses(NamedTuple):
 
     ``excused_by``: duties of the accused; while one of them gets done and he has no time left, he
     is busy and not deaf.
+
+    ``looks``: a duty of the witness itself that gets done each time it looks; a beat in which it
+    stands still says nothing.  Without it, every beat counts.
     """
 
     duty: str
@@ -27,6 +31,7 @@ class Accuses(NamedTuple):
     patience: float = 0.0
     times: int = 1
     excused_by: tuple[str, ...] = ()
+    looks: str = ""
 
 
 class Accusation(NamedTuple):
@@ -46,6 +51,7 @@ class Witness:
         self._accuses = {one.duty: one for one in accuses}
         self._said: dict[str, float] = {}  # duty -> the trouble that was counted last
         self._row: dict[str, list[float]] = {}  # duty -> troubles since it was well or accused
+        self._looked: dict[str, int] = {}  # duty -> how often, by the last beat
 
     def knows(self) -> set[str]:
         """Everybody on whom its troubles may depend."""
@@ -70,9 +76,13 @@ class Witness:
     def accusations(self, told: tuple[tuple[int, float], ...], now: float) -> list[Accusation]:
         """To be called for each beat; ``since`` of what it returns: of the first of the row."""
         found = []
+        looked = dict(zip(self._duties, (done for done, _ in told), strict=True))
+        stale, self._looked = self._looked, looked
         for name, (_, since) in zip(self._duties, told, strict=True):
             accuses = self._accuses.get(name)
             if accuses is None or self._said.get(name, 0.0) == since:
+                continue
+            if accuses.looks and looked[accuses.looks] == stale.get(accuses.looks):
                 continue
             if not since:
                 del self._said[name]

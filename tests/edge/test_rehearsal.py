@@ -40,7 +40,7 @@ def test_its_successor_adopts_what_an_edge_has_begun(
         played.append(Noted(staged, settings, tls))
         return played[-1]
 
-    with standing_by("edge-1", "accept", "login", "forward", "hear") as child:
+    with standing_by("edge-1", "accept", "login", "forward", "hear", "look") as child:
         before = open_descriptors()
         rehearse(child, make)
         first, successor = played

@@ -58,3 +58,14 @@ def test_who_is_suspected_and_may_have_an_excuse_is_looked_at_before_it_is_accus
     assert witness.accusations(((0, 12.5),), 13.0) == []
     assert witness.accusations(((0, 12.5),), 18.0)[0].excused_by == ("login",)
     assert Witness(DUTIES, ACCUSES).suspects(((0, 1.0), (0, 1.0), (0, 1.0))) == set()
+
+
+def test_what_a_witness_says_that_has_stopped_looking_is_old() -> None:
+    looking = Accuses("reach", ("core",), 5.0, looks="look")
+    witness = Witness(("reach", "look"), (looking,))
+    assert witness.accusations(((0, 12.5), (7, 0.0)), 13.0) == []
+    assert witness.accusations(((0, 12.5), (7, 0.0)), 18.0) == []
+    assert witness.accusations(((0, 12.5), (7, 0.0)), 30.0) == []
+    assert witness.accusations(((0, 12.5), (8, 0.0)), 31.0) == [
+        Accusation("reach", ("core",), 12.5)
+    ]
