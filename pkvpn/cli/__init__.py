@@ -50,7 +50,7 @@ class _Verb(NamedTuple):
 _VERBS: Mapping[str, _Verb] = {
     "start": _Verb("service", "start the service and wait until it serves"),
     "stop": _Verb("service", "end the service and wait until its last process is gone"),
-    "restart": _Verb("service", "stop, then start"),
+    "restart": _Verb("service", "stop, then start; or replace one child, by its NAME"),
     "try-restart": _Verb("service", "restart, if it runs"),
     "reload": _Verb("service", "read the configuration file again"),
     "force-reload": _Verb("service", "the same; what init scripts call it"),

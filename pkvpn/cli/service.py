@@ -377,8 +377,19 @@ def _pids(pids: list[int]) -> str:
     return "pid " + ", ".join(map(str, pids)) if pids else "a process that cannot be seen"
 
 
+def _restart_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "child",
+        nargs="?",
+        metavar="NAME",
+        help="replace this child only, such as core or edge-1; nobody is cut off",
+    )
+
+
 def _restart(args: argparse.Namespace) -> int:
     settings = load_settings(args.config)
+    if getattr(args, "child", None) is not None:
+        return _restart_child(settings, args.child)
     if is_running(settings):
         manager = _manager(settings)
         if manager is not None:
@@ -391,6 +402,31 @@ def _restart(args: argparse.Namespace) -> int:
     elif args.verb == "try-restart":
         return _not_running()
     return _start(argparse.Namespace(config=args.config, foreground=False, no_sandbox=False))
+
+
+def _restart_child(settings: Settings, name: str) -> int:
+    """Have one child replaced; return when its successor serves."""
+    before = _child(_request(settings, "status", ANSWER_TIMEOUT), name)
+    _request(settings, "restart", ANSWER_TIMEOUT, {"name": name})
+    limit = settings.watchdog.stop_timeout + settings.watchdog.start_timeout + _PATIENCE
+    deadline, now = time.monotonic() + limit, before
+    while time.monotonic() < deadline:
+        time.sleep(_LOOK_EVERY)
+        if not is_running(settings):
+            raise Refusal(f"restart {name}: the service has been stopped meanwhile")
+        with contextlib.suppress(OSError, ControlError):
+            status = ask(str(settings.control_socket), "status", timeout=ANSWER_TIMEOUT)
+            now = _child(status, name)
+            if now.get("state") == "up" and now["pid"] != before.get("pid"):
+                print(f"{name} has been replaced (pid {now['pid']}).")
+                return OK
+    raise Refusal(
+        f"restart {name}: {now.get('state')} after {limit:g} s; look at `status` and `events`"
+    )
+
+
+def _child(status: dict[str, Any], name: str) -> dict[str, Any]:
+    return next((one for one in status["children"] if one["name"] == name), {})
 
 
 # --- reload, upgrade -----------------------------------------------------------------------------
@@ -468,11 +504,13 @@ def _upgrade(args: argparse.Namespace) -> int:
     return OK
 
 
-def _request(settings: Settings, verb: str, timeout: float) -> None:
+def _request(
+    settings: Settings, verb: str, timeout: float, args: dict[str, Any] | None = None
+) -> Any:
     if not is_running(settings):
         raise Refusal("the service is not running", NOT_RUNNING)
     try:
-        ask(str(settings.control_socket), verb, timeout=timeout)
+        return ask(str(settings.control_socket), verb, args, timeout=timeout)
     except ControlError as error:
         raise Refusal(f"{verb}: {error}") from None
     except OSError as error:
@@ -536,7 +574,7 @@ def _execsvc(args: argparse.Namespace) -> int:
 COMMANDS = {
     "start": Command(_start_arguments, _start),
     "stop": Command(_no_arguments, _stop),
-    "restart": Command(_no_arguments, _restart),
+    "restart": Command(_restart_arguments, _restart),
     "try-restart": Command(_no_arguments, _restart),
     "reload": Command(_reload_arguments, _reload),
     "force-reload": Command(_reload_arguments, _reload),

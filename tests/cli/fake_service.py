@@ -80,6 +80,13 @@ def main(runtime: str, stop_takes: str, ready_fd: int | None) -> None:
             return {"stopping": True}
         if verb == "reload":
             return {"replaced": ["edge-1"]}
+        if verb == "restart":
+            children = {child["name"]: child for child in STATUS["children"]}
+            if args["name"] not in children:
+                raise control.ControlError(f"no child is named {args['name']!r}")
+            if args["name"] == "core":
+                children["core"]["pid"] += 1
+            return {"name": args["name"]}
         raise control.ControlError(f"not now: {verb}")
 
     signal.signal(signal.SIGTERM, lambda *_: stop())

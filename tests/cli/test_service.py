@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pkvpn.cli import NOT_RUNNING, OK, main, service
+from pkvpn.cli import FAILED, NOT_RUNNING, OK, main, service
 from pkvpn.config import Settings
 from pkvpn.watchdog import control, instance
 from tests.support import eventually, process_gone
@@ -285,6 +285,23 @@ def test_start_detaches_the_service_and_tells_what_was_refused(
         assert instance.watchdog_pid(str(place.runtime / "lock")) != pid
     finally:
         assert place.vpnserver("stop") == OK
+
+
+def test_one_child_is_replaced_by_its_name(
+    place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert place.vpnserver("restart", "core") == NOT_RUNNING
+    assert capsys.readouterr().err == "vpnserver: the service is not running\n"
+    fake = place.fake()
+
+    assert place.vpnserver("restart", "core") == OK
+    assert capsys.readouterr().out == "core has been replaced (pid 4243).\n"
+    assert place.vpnserver("restart", "nobody") == FAILED
+    assert capsys.readouterr().err == "vpnserver: restart: no child is named 'nobody'\n"
+    assert fake.poll() is None
+    monkeypatch.setattr(service, "_PATIENCE", 0.1)
+    assert place.vpnserver("restart", "edge-1") == FAILED
+    assert "restart edge-1: backoff after 0.7 s" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("launches_a_fake")
