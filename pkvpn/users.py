@@ -103,9 +103,11 @@ def hand_over(directory: Path, user: User | None) -> None:
 
 def let_through(directory: Path, user: User | None) -> None:
     """Let ``user`` pass to what lies below, and see nothing.  Raises OSError."""
+    # For everybody, and with root's group: of a directory that it finds otherwise systemd takes all
+    # that is in it back, at each command of the unit, also at a reload.
     if user is not None:
-        os.chown(directory, -1, user.gid)
-        os.chmod(directory, 0o710)  # noqa: S103 - of this group is that user alone
+        os.chown(directory, -1, 0)
+        os.chmod(directory, 0o711)  # noqa: S103 - what lies in it is for its owners
 
 
 @contextmanager

@@ -23,10 +23,11 @@ LISTEN_NAME = "listen"
 # so that the tree's own way out comes first.
 WATCHDOG_SEC = 20
 
-# systemd's own directories, by what they are in: made by it, with the right modes, at each start.
+# systemd's own directories, by what they are in: made by it, with the right modes, at each start,
+# and at each other command of the unit.  The core passes through the second to its own.
 _DIRECTORIES = {
     "/run/": ("RuntimeDirectory", "0700"),
-    "/var/lib/": ("StateDirectory", "0700"),
+    "/var/lib/": ("StateDirectory", "0711"),
     "/var/log/": ("LogsDirectory", "0755"),
 }
 
