@@ -23,9 +23,12 @@ from tests.support import eventually
 from tests.system.bed import ROOT, run
 
 SUITE = "bookworm"
-PACKAGES = ("dbus", "iproute2", "procps", "psmisc", "python3", "systemd", "systemd-sysv")
+PACKAGES = (
+    "dbus", "iproute2", "libpam-systemd", "openssh-client", "openssh-server", "polkitd", "procps",
+    "psmisc", "python3", "systemd", "systemd-sysv",
+)  # fmt: skip
 # Of what the image is made: another list is another image.
-IMAGE = f"{SUITE}-1"
+IMAGE = f"{SUITE}-2"
 _IMAGE_TIMEOUT = 400.0
 BOOT_TIMEOUT = 60.0
 
@@ -148,10 +151,10 @@ class Machine:
         return ["nsenter", "--target", str(self.pid), "--net", "--", *command]
 
     def do(
-        self, *command: str, check: bool = True, timeout: float = 60.0
+        self, *command: str, check: bool = True, timeout: float = 60.0, stdin: str = ""
     ) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            self.enter(*command), stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            self.enter(*command), input=stdin, capture_output=True, text=True,
             timeout=timeout, check=False,
         )  # fmt: skip
         if check:

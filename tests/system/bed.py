@@ -21,6 +21,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -323,6 +324,22 @@ class ChaoticService(Service):
         return {name: child["restarts"] for name, child in self.children().items()}
 
 
+def lay_cables(run_on_server: Callable[..., str], clients: list[StockClient]) -> None:
+    """Have all clients on one switch, at which the server is 10.99.0.1."""
+    run_on_server("ip", "link", "add", "lan", "type", "bridge")
+    run_on_server("ip", "addr", "add", "10.99.0.1/24", "dev", "lan")
+    run_on_server("ip", "link", "set", "lan", "up")
+    for client in clients:
+        port = f"port{client.number}"
+        run_on_server(
+            "ip", "link", "add", port, "type", "veth",
+            "peer", "name", "eth0", "netns", str(client.pid),
+        )  # fmt: skip
+        run_on_server("ip", "link", "set", port, "master", "lan", "up")
+        client.run("ip", "addr", "add", f"10.99.0.1{client.number}/24", "dev", "eth0")
+        client.run("ip", "link", "set", "eth0", "up")
+
+
 class Bed:
     """One server, two stock clients."""
 
@@ -331,7 +348,7 @@ class Bed:
         try:
             self.server = self._host(Host())
             self.clients = [self._host(StockClient(number)) for number in (1, 2)]
-            self._cables()
+            lay_cables(self.server.run, self.clients)
             self.service = Service(directory, config, self.server)
             self._stack.callback(self.service.stop)
         except BaseException:
@@ -341,20 +358,6 @@ class Bed:
     def _host(self, host: Any) -> Any:
         self._stack.callback(host.close)
         return host
-
-    def _cables(self) -> None:
-        self.server.run("ip", "link", "add", "lan", "type", "bridge")
-        self.server.run("ip", "addr", "add", "10.99.0.1/24", "dev", "lan")
-        self.server.run("ip", "link", "set", "lan", "up")
-        for client in self.clients:
-            port = f"port{client.number}"
-            self.server.run(
-                "ip", "link", "add", port, "type", "veth",
-                "peer", "name", "eth0", "netns", str(client.pid),
-            )  # fmt: skip
-            self.server.run("ip", "link", "set", port, "master", "lan", "up")
-            client.run("ip", "addr", "add", f"10.99.0.1{client.number}/24", "dev", "eth0")
-            client.run("ip", "link", "set", "eth0", "up")
 
     def connect(self, port: int, hub: str) -> None:
         """Have both clients log in."""

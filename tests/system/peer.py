@@ -4,6 +4,7 @@
     python -m tests.system.peer tcp-send ADDRESS PORT BYTES SECONDS     (0: as fast as it goes)
     python -m tests.system.peer udp-echo ADDRESS PORT
     python -m tests.system.peer udp-send ADDRESS PORT DATAGRAMS
+    python -m tests.system.peer udp-pace ADDRESS PORT                   (for each line: its silence)
     python -m tests.system.peer broadcast ADDRESS PORT                  (waits for an answer)
 
 Each prints one line of JSON when it listens ({"listening": true}), and one at its end.
@@ -11,9 +12,12 @@ Each prints one line of JSON when it listens ({"listening": true}), and one at i
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import random
+import select
 import socket
 import sys
 import time
@@ -21,6 +25,9 @@ from typing import Any
 
 TIMEOUT = 60.0
 CHUNK = 1 << 18
+PACE = 0.001
+PATIENCE = 2.0  # for what is on its way at the end
+SO_RCVBUFFORCE = 33
 
 
 def say(**what: Any) -> None:
@@ -58,9 +65,18 @@ def tcp_send(address: str, port: int, size: int, seconds: float) -> None:
     say(bytes=sent, sha256=digest.hexdigest(), seconds=round(time.monotonic() - began, 3))
 
 
+def udp_socket() -> socket.socket:
+    """With room for what comes at once after seconds of silence, if this is root: the default
+    holds 270 datagrams."""
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    with contextlib.suppress(PermissionError):
+        sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 8 << 20)
+    return sock
+
+
 def udp_echo(address: str, port: int) -> None:
     """Until it is told to end by an empty datagram."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+    with udp_socket() as sock:
         sock.settimeout(TIMEOUT)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((address, port))
@@ -93,6 +109,38 @@ def udp_send(address: str, port: int, datagrams: int) -> None:
     say(same=same, other=other, lost=lost)
 
 
+def udp_pace(address: str, port: int) -> None:
+    """A numbered datagram every millisecond, until the end of the standard input; for each line
+    of it the longest silence since the last line, at the end how many have not come back."""
+    sent, back, silence, ending = 0, set[int](), 0.0, 0.0
+    with udp_socket() as sock:
+        sock.connect((address, port))
+        due = last = time.monotonic()
+        while not ending or (len(back) < sent and last < ending):
+            waited_for = [sock] if ending else [sock, sys.stdin]
+            until = ending or due
+            readable, _, _ = select.select(waited_for, [], [], max(0.0, until - time.monotonic()))
+            now = time.monotonic()
+            silence = max(silence, now - last)
+            if sock in readable:
+                back.add(int(sock.recv(65536)))
+                last = now
+            elif ending:
+                break
+            if sys.stdin in readable:
+                asked = os.read(sys.stdin.fileno(), 1 << 16)
+                for _ in asked.splitlines():
+                    say(silence=round(silence, 3), missing=sent - len(back))
+                    silence = 0.0
+                ending = 0.0 if asked else now + PATIENCE
+            if now >= due and not ending:
+                with contextlib.suppress(OSError):  # what cannot be sent is lost as well
+                    sock.send(b"%d" % sent)
+                sent, due = sent + 1, due + PACE
+        sock.send(b"")
+    say(sent=sent, lost=sent - len(back))
+
+
 def broadcast(address: str, port: int) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.settimeout(10.0)
@@ -114,5 +162,7 @@ if __name__ == "__main__":
             udp_echo(address, int(port))
         case "udp-send":
             udp_send(address, int(port), int(numbers[0]))
+        case "udp-pace":
+            udp_pace(address, int(port))
         case "broadcast":
             broadcast(address, int(port))
