@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pkvpn import logs
+from pkvpn import __version__, logs
 from pkvpn.cli import complain
 from pkvpn.client.canary_main import REACH_CORE, REACH_EDGE, TRIES, CanarySettings
 from pkvpn.client.canary_main import main as canary_main
@@ -147,7 +147,11 @@ class Service:
         )
 
     def status(self) -> dict[str, Any]:
-        return {"mode": self.settings.mode, "listeners": self.listeners.status()}
+        return {
+            "version": __version__,  # of the program that runs, which may not be the installed one
+            "mode": self.settings.mode,
+            "listeners": self.listeners.status(),
+        }
 
     def _upgrade(self) -> Upgrade:
         source = self.settings.source

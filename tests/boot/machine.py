@@ -104,6 +104,7 @@ class Machine:
             *(f"--bind-ro={path}" for path in sorted(bound)),
         ]
         self._nspawn: subprocess.Popen[bytes] | None = None
+        self.program = [sys.executable, "-m", "pkvpn"]
         self.pid = 0  # of its process 1, seen from outside
 
     def boot(self) -> None:
@@ -141,8 +142,8 @@ class Machine:
     def enter(self, *command: str) -> list[str]:
         """The command line that runs a command as root of the machine."""
         return [
-            *("nsenter", "--target", str(self.pid), "--all", "--wd=/"),
-            *("env", "-i", "PATH=/usr/sbin:/usr/bin", "HOME=/root", "LANG=C.UTF-8"),
+            *("nsenter", "--target", str(self.pid), "--all"),
+            *("env", "-i", "--chdir=/", "PATH=/usr/sbin:/usr/bin", "HOME=/root", "LANG=C.UTF-8"),
             *(f"PYTHONPATH={ROOT}", *command),
         ]
 
@@ -163,7 +164,12 @@ class Machine:
         return done
 
     def vpnserver(self, *line: str, **more: Any) -> subprocess.CompletedProcess[str]:
-        return self.do(sys.executable, "-m", "pkvpn", *line, **more)
+        return self.do(*self.program, *line, **more)
+
+    def put(self, path: Path) -> str:
+        """Copy a file onto the machine; returns where it is there."""
+        shutil.copy(path, f"/proc/{self.pid}/root/root/{path.name}")
+        return f"/root/{path.name}"
 
     def show(self, name: str) -> str:
         """A property of the service's unit."""
