@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 # Each part, and what of pkvpn it may import besides itself. A longer name wins over a shorter one.
-_CHILD = {"pkvpn.watchdog.child", "pkvpn.watchdog.control"}
+_CHILD = {"pkvpn.watchdog.child", "pkvpn.watchdog.control", "pkvpn.watchdog.lifeline"}
 _EVERYTHING = {"pkvpn"}
 ALLOWED: dict[str, set[str]] = {
     "pkvpn": set(),  # __init__ alone
@@ -35,6 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "pkvpn.edge": {"pkvpn.channel", "pkvpn.protocol"} | _CHILD,
     "pkvpn.core": {"pkvpn.channel", "pkvpn.protocol"} | _CHILD,
     "pkvpn.client": {"pkvpn.protocol"} | _CHILD,
+    "pkvpn.windows": {"pkvpn.watchdog"},
 }
 
 # Modules that decide and translate, and leave it to others to act and to wait.

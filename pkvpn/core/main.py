@@ -58,8 +58,9 @@ from pkvpn.core.session import WEEK, Session, SessionKeys, Sessions
 from pkvpn.core.settings import CoreSettings
 from pkvpn.core.store import Store, StoreError, session_secret
 from pkvpn.protocol.messages import Direction
-from pkvpn.watchdog.child import Child, next_moment
+from pkvpn.watchdog.child import Child
 from pkvpn.watchdog.control import ControlError, ControlServer
+from pkvpn.watchdog.lifeline import next_moment
 
 _log = logging.getLogger("pkvpn.core")
 

@@ -60,7 +60,8 @@ from pkvpn.edge.handshake import (
 from pkvpn.edge.rehearsal import rehearse
 from pkvpn.edge.rings import Ring
 from pkvpn.edge.tls_records import Alert, Opener, Sealer, TLSError
-from pkvpn.watchdog.child import Child, next_moment
+from pkvpn.watchdog.child import Child
+from pkvpn.watchdog.lifeline import next_moment
 
 _log = logging.getLogger("pkvpn.edge")
 

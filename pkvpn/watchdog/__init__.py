@@ -19,15 +19,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pkvpn.watchdog.child import Child, Duty
+    from pkvpn.watchdog.child import Child
     from pkvpn.watchdog.control import ControlError, ask
+    from pkvpn.watchdog.lifeline import Duty
     from pkvpn.watchdog.policy import OnLimit, RestartPolicy
     from pkvpn.watchdog.run import run_tree
     from pkvpn.watchdog.spec import ChildSpec, HeldSpec, Restart, TreeSpec
 
 _HOMES = {
     "Child": "child",
-    "Duty": "child",
+    "Duty": "lifeline",
     "ControlError": "control",
     "ask": "control",
     "OnLimit": "policy",

@@ -32,7 +32,7 @@ from multiprocess import spawn
 
 from pkvpn.watchdog import lifeline, sandbox
 from pkvpn.watchdog.confinement import Confinement
-from pkvpn.watchdog.lifeline import Kind, Order
+from pkvpn.watchdog.lifeline import Duty, Kind, Order, next_moment
 from pkvpn.watchdog.logchild import LogPipe
 from pkvpn.watchdog.titles import set_title
 
@@ -103,17 +103,6 @@ class Birth:
         """All that the child keeps."""
         own = {self.up, self.down, self.gifts, self.stacks, self.log, self.lock, *self.wake}
         return own.union(*self.held.values(), self.given.values())
-
-
-class Duty:
-    """One thing a child is there for.  ``done`` counts up; ``waiting_since``: monotonic
-    seconds since when something waits to be done, 0.0 if nothing does."""
-
-    __slots__ = ("done", "waiting_since")
-
-    def __init__(self) -> None:
-        self.done = 0
-        self.waiting_since = 0.0
 
 
 class Child:
@@ -436,14 +425,6 @@ def _unpack_keys(body: bytes) -> Iterator[bytes]:
         end = 1 + body[0]
         yield body[1:end]
         body = body[end:]
-
-
-def next_moment(now: float, interval: float) -> float:
-    """The next moment for what is done every ``interval`` seconds (all CLOCK_MONOTONIC).
-
-    The same for all processes and all that they do so often: they wake up together, and once.
-    """
-    return now - now % interval + interval
 
 
 # --- from the fork to the target ----------------------------------------------------------

@@ -65,23 +65,29 @@ def ask(
     Raises `ControlError` if it refuses, `TimeoutError` if the whole exchange takes longer than
     ``timeout`` seconds, `OSError` if nobody listens or the connection ends early.
     """
-    deadline = time.monotonic() + timeout
-    request = json.dumps({"do": verb, "args": args or {}}).encode() + b"\n"
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(timeout)
         connection.connect(path)
-        # Who refuses us may have said so and closed before we have asked.
-        with contextlib.suppress(BrokenPipeError):
-            connection.sendall(request)
-        received = bytearray()
-        while not received.endswith(b"\n"):
-            connection.settimeout(max(0.001, deadline - time.monotonic()))
-            chunk = connection.recv(MAX_LINE)
-            if not chunk:
-                raise ConnectionError(f"{path} closed the connection before it answered {verb}")
-            received += chunk
-            if deadline <= time.monotonic() and not received.endswith(b"\n"):
-                raise TimeoutError(f"{path} did not answer {verb} within {timeout} s")
+        return exchange(connection, path, verb, args or {}, timeout)
+
+
+def exchange(
+    connection: socket.socket, who: str, verb: str, args: dict[str, Any], timeout: float
+) -> Any:  # JSON
+    """`ask` on a connection that is there; ``who`` is called so in errors."""
+    deadline = time.monotonic() + timeout
+    # Who refuses us may have said so and closed before we have asked.
+    with contextlib.suppress(BrokenPipeError):
+        connection.sendall(json.dumps({"do": verb, "args": args}).encode() + b"\n")
+    received = bytearray()
+    while not received.endswith(b"\n"):
+        connection.settimeout(max(0.001, deadline - time.monotonic()))
+        chunk = connection.recv(MAX_LINE)
+        if not chunk:
+            raise ConnectionError(f"{who} closed the connection before it answered {verb}")
+        received += chunk
+        if deadline <= time.monotonic() and not received.endswith(b"\n"):
+            raise TimeoutError(f"{who} did not answer {verb} within {timeout} s")
     answer = json.loads(received)
     if not answer.get("ok"):
         raise ControlError(str(answer.get("error", "refused without a reason")))
@@ -110,7 +116,7 @@ class ControlServer:
         self._connections: dict[_Connection, None] = {}
         # Given up for a moment where no other is to be had, so that whoever waits is sent away
         # and does not keep the loop awake.
-        self._reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        self._reserve = self._open_reserve()
         selector.register(self._listener, selectors.EVENT_READ, self)
 
     def handle(self, key: selectors.SelectorKey, mask: int) -> bool:
@@ -133,6 +139,9 @@ class ControlServer:
         self._listener.close()
         self._close_reserve()
 
+    def _open_reserve(self) -> int:
+        return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+
     def _close_reserve(self) -> None:
         reserve, self._reserve = self._reserve, -1
         if reserve >= 0:
@@ -146,9 +155,8 @@ class ControlServer:
                 self._send_away()
             return  # else it is gone again
         sock.setblocking(False)
-        _, uid, _ = _PEER.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
-        if uid not in (0, os.geteuid()):
-            why = f"user {uid} may not control a service of user {os.geteuid()}"
+        why = self._why_not(sock)
+        if why:
             with contextlib.suppress(OSError):
                 sock.send(_line({"ok": False, "error": why}))
             sock.close()
@@ -160,12 +168,19 @@ class ControlServer:
         self._connections[connection] = None
         self._selector.register(sock, selectors.EVENT_READ, connection)
 
+    def _why_not(self, sock: socket.socket) -> str:
+        """Why who has connected may not ask; "": he may."""
+        _, uid, _ = _PEER.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+        if uid in (0, os.geteuid()):
+            return ""
+        return f"user {uid} may not control a service of user {os.geteuid()}"
+
     def _send_away(self) -> None:
         self._close_reserve()
         with contextlib.suppress(OSError):
             self._listener.accept()[0].close()
         with contextlib.suppress(OSError):  # somebody was quicker: the next one waits
-            self._reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+            self._reserve = self._open_reserve()
 
     def _read(self, connection: _Connection) -> bool:
         try:

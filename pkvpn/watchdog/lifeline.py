@@ -60,6 +60,17 @@ class Said(NamedTuple):
     text: str
 
 
+class Duty:
+    """One thing a child is there for.  ``done`` counts up; ``waiting_since``: monotonic
+    seconds since when something waits to be done, 0.0 if nothing does."""
+
+    __slots__ = ("done", "waiting_since")
+
+    def __init__(self) -> None:
+        self.done = 0
+        self.waiting_since = 0.0
+
+
 class CorruptLifeline(Exception):
     """What came is not what a child of ours says."""
 
@@ -134,3 +145,11 @@ class OrderDecoder:
             if magic == _MAGIC and order in Order._value2member_map_:
                 orders.append(Order(order))
         return orders
+
+
+def next_moment(now: float, interval: float) -> float:
+    """The next moment for what is done every ``interval`` seconds (all CLOCK_MONOTONIC).
+
+    The same for all processes and all that they do so often: they wake up together, and once.
+    """
+    return now - now % interval + interval

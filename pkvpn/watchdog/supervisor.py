@@ -28,12 +28,12 @@ from dataclasses import replace
 from typing import Any
 
 from pkvpn.watchdog import control, fdstore, instance, machine, procfs, report, sweep, upgrade
-from pkvpn.watchdog.child import ALL_SIGNALS, Birth, next_moment
+from pkvpn.watchdog.child import ALL_SIGNALS, Birth
 from pkvpn.watchdog.fdstore import FdStore
 from pkvpn.watchdog.held import HeldDescriptors, close_all
 from pkvpn.watchdog.home import Home
 from pkvpn.watchdog.incarnation import ChildEnds, Incarnation
-from pkvpn.watchdog.lifeline import FRAME_SIZE, CorruptLifeline, Kind, Order, Said
+from pkvpn.watchdog.lifeline import FRAME_SIZE, CorruptLifeline, Kind, Order, Said, next_moment
 from pkvpn.watchdog.logchild import WATCHDOG, LogPipe, LogSettings
 from pkvpn.watchdog.logchild import main as log_main
 from pkvpn.watchdog.machine import State

@@ -35,8 +35,9 @@ from pkvpn.core.settings import CoreSettings
 from pkvpn.core.store import Store
 from pkvpn.protocol.hashes import user_key
 from pkvpn.protocol.messages import Welcome
-from pkvpn.watchdog.child import Child, Duty
+from pkvpn.watchdog.child import Child
 from pkvpn.watchdog.control import ask, listen
+from pkvpn.watchdog.lifeline import Duty
 from tests.core.desk import SIGNATURE, login, pack_of
 
 M = TypeVar("M")

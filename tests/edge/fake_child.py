@@ -12,7 +12,8 @@ from typing import Any, cast
 
 from pkvpn import channel
 from pkvpn.edge.main import EdgeSettings, main
-from pkvpn.watchdog.child import Child, Duty
+from pkvpn.watchdog.child import Child
+from pkvpn.watchdog.lifeline import Duty
 from tests.support import eventually, process_gone
 
 
