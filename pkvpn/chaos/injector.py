@@ -17,6 +17,7 @@ import logging
 import os
 import select
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -319,6 +320,17 @@ def _daemon(_child: Child) -> None:
     os._exit(1)
 
 
+def _vfork(_child: Child) -> None:
+    """Waits in the kernel, in state D, with all signals blocked, for a helper that does not come
+    to its exec; and that one has everything open that we have, also what an exec would close."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = os.path.join(directory, "never")
+        os.mkfifo(path)
+        never = os.open(path, os.O_PATH)  # whoever is killed here leaves no file
+    opens = (os.POSIX_SPAWN_OPEN, 0, f"/proc/self/fd/{never}", os.O_RDONLY, 0)
+    os.posix_spawn("/bin/true", ["true"], {}, file_actions=[opens])
+
+
 def _double_fork(_child: Child) -> None:
     """Grandchildren that end at once, and whose parents do not wait for them."""
     for _ in range(20):
@@ -378,6 +390,7 @@ WAYS: dict[str, Callable[[Child], None]] = {
     "sibling": _sibling,
     "daemon": _daemon,
     "double-fork": _double_fork,
+    "vfork": _vfork,
     "segv": _segv,
     "abort": _abort,
     "exit": _exit,

@@ -100,6 +100,8 @@ def _ask_credentials(args: argparse.Namespace) -> Credentials:
         return Credentials.anonymous(args.hub, args.user)
     if args.password_stdin:
         password = sys.stdin.readline().rstrip("\r\n")
+    elif sys.stdin is None or not sys.stdin.isatty():
+        raise ValueError("no terminal to ask for a password; give --password-stdin")
     else:
         password = getpass.getpass(f"Password of {args.user} at {args.server}: ")
     if args.plain_password:

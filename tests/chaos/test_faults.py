@@ -22,7 +22,7 @@ kill-core-with-stopped-standby kill-edge-with-stopped-standby
 kill-edge-while-adopting kill-core-while-learning segv-core segv-edge abort-core abort-edge
 exit-core exit-edge exit-1-core raise-core raise-edge raise-canary sibling-core daemon-core
 scribble-edge crash-loop-core crash-loop-edge respawns traced-and-killed frozen-and-killed
-block-core block-edge block-canary busy-core busy-edge gil-core gil-edge live-thread-core
+block-core block-edge block-canary busy-core busy-edge gil-core gil-edge vfork-core vfork-edge live-thread-core
 logging-lock-core deaf-core deaf-edge stop-reading-core stop-reading-edge close-listener-edge
 leak-edge stop-core stop-edge mute-core mute-edge garbage-core garbage-edge partial-core
 partial-edge pause-core pause-edge pause-canary pause-log slow-core slow-edge log-flood zombies
@@ -40,7 +40,7 @@ restart-log upgrade upgrade-and-kill upgrade-refused upgrade-undone
 rubbish slow-peers wrong-passwords login-storm login-storm-and-kill login-storm-and-kill-edge
 """
 UNMADE = """
-out-of-memory-watchdog dumping uninterruptible fork-with-locks double-verdict clock-steps
+out-of-memory-watchdog dumping uninterruptible double-verdict clock-steps
 pid-reuse reaped-by-others slow-disk no-proc address-gone tap-gone process-1 rare-crashes
 dependency-down ports-refused systemd long-frames denied-evidence windows
 """

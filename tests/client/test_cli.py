@@ -53,6 +53,15 @@ def test_wrong_arguments_end_with_2(
     assert "pkvpn connect: " in capsys.readouterr().err
 
 
+def test_without_a_terminal_nobody_is_asked_for_a_password(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for nobody in (io.StringIO(""), None):
+        monkeypatch.setattr("sys.stdin", nobody)
+        assert cli.run(arguments("--server", "h")) == 2
+        assert "give --password-stdin" in capsys.readouterr().err
+
+
 def test_a_tap_name_that_cannot_be_ends_with_1(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(arguments("--server", "h", "--anonymous", "--tap", "a/b")) == 1
     assert "'a/b'" in capsys.readouterr().err
