@@ -2,7 +2,7 @@
 
 Strategy: nothing is asked of the service and nothing is started; what is to be killed is found by
 the lock, and the watchdog goes first.  Works while the service hangs, is stopped, or memory is
-short.  A systemd that would start it anew is told that it is to be down, and not waited for.
+short.  An init system that would start it anew is told that it is to be down, and not waited for.
 """
 
 import argparse
@@ -11,22 +11,21 @@ import contextlib
 from pkvpn.cli import FAILED, OK, Command, complain
 from pkvpn.cli.runtime import is_running, load_settings
 
-_SYSTEMD_TIMEOUT = 2.0
+_INIT_TIMEOUT = 2.0
 
 
 def _kill(args: argparse.Namespace) -> int:
-    from pkvpn.service import units
-    from pkvpn.service.manager import ManagerError, managing
+    from pkvpn.service.inits import managing
+    from pkvpn.service.manager import ManagerError, call
     from pkvpn.watchdog.sweep import kill_tree
 
     settings = load_settings(args.config)
     manager = managing(str(settings.service.runtime_dir))
     if manager is not None:
-        sockets = [units.SOCKET] if manager.socket.exists() else []
         try:
-            manager.call("stop", "--no-block", *sockets, units.SERVICE, timeout=_SYSTEMD_TIMEOUT)
+            call(manager.verbs["kill"], _INIT_TIMEOUT)
         except ManagerError as error:
-            complain(f"systemd may start it anew: {error}")
+            complain(f"{manager.name} may start it anew: {error}")
     result = kill_tree(str(settings.service.runtime_dir))
     if not result.ok:
         if result.refused:

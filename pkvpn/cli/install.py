@@ -1,28 +1,41 @@
-"""`install` and `uninstall`: the service as a unit of systemd.
+"""`install` and `uninstall`: the service in the machine's init system.
 
-Strategy: first all that can be refused, then the files, then systemd; each step can be repeated.
-`--dry-run` prints the files and the commands and does nothing, on any machine.
+Strategy: first all that can be refused, then the files, then the init system's commands; each step
+can be repeated.  `--dry-run` prints the files and the commands and does nothing, on any machine.
 """
 
 import argparse
 import os
+import shlex
 import site
 import stat
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from pkvpn.cli import FAILED, NO_PRIVILEGE, OK, Command, Refusal, complain
+from pkvpn.cli import BAD_ARGUMENTS, FAILED, NO_PRIVILEGE, OK, Command, Refusal, complain
 from pkvpn.cli.runtime import is_running, load_settings
-from pkvpn.cli.service import STARTED, start_budget, stop_budget
+from pkvpn.cli.service import (
+    STARTED,
+    check_needs,
+    start_budget,
+    stop_budget,
+    wait_until_it_ended,
+    wait_until_it_serves,
+)
 from pkvpn.config import CORE_USER, EDGE_USER, Settings, make_directories
 from pkvpn.service import units
-from pkvpn.service.manager import Manager, ManagerError
+from pkvpn.service.inits import INITS, all_inits, systemd_of_user
+from pkvpn.service.manager import Command as Line
+from pkvpn.service.manager import Manager, ManagerError, call
 from pkvpn.users import UserError, commands_to_make, make_users
 
 # Above what the tree needs for a stop of its own, so that systemd kills nobody who was about to.
 _STOP_MARGIN = 10.0
 # Listening sockets, checkpoints, TAPs and the like.
 _HELD_MOST = 500
+_LOOK_EVERY = 0.1
 
 
 def _install_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,60 +57,75 @@ def _install_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="only print what would be done")
-    parser.add_argument(
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
         "--user", action="store_true", help="in your own systemd, with your rights: User Mode"
     )
+    where.add_argument("--init", choices=INITS, help="in this init system, not the one that runs")
 
 
 def _install(args: argparse.Namespace) -> int:
     settings = load_settings(args.config)
-    manager = _manager(args.user)
-    plan = _plan(settings, args)
-    files = {manager.service: units.service_unit(plan)}
-    names = [units.SERVICE]
-    if plan.listen:
-        files[manager.socket] = units.socket_unit(plan)
-        names.append(units.SOCKET)
-    # The sockets first: a service that listens itself would have taken their addresses.
-    begin = [["daemon-reload"]]
-    if not args.manual:
-        begin += [["enable", *names], ["start", *reversed(names)]]
+    manager = _manager(args)
+    plan = _plan(settings, args, manager)
+    files = manager.files(plan)
+    begin = (*manager.begin(plan), *(() if plan.manual else manager.start))
     users = [] if args.user else _usual_users(settings)
     if args.dry_run:
         for path, text in files.items():
             print(f"# {path}\n{text}")
-        for command in commands_to_make(users):
-            print(" ".join(command))
-        for words in begin:
-            print(" ".join(manager.command(*words)))
+        _print(*commands_to_make(users), *begin)
         return OK
+    check_needs()
     _check_authority(manager, args.user)
-    if is_running(settings) and not _runs_it(manager):
-        raise Refusal(
-            "the service runs already, without systemd: `vpnserver stop` ends it, then install"
-        )
+    try:
+        was = manager.runs_it()
+    except ManagerError:
+        was = False
+    if is_running(settings) and not was:
+        raise Refusal(f"the service runs already, without {manager.name}: `vpnserver stop` ends it,"
+                      " then install")  # fmt: skip
     _warn_of_writers(settings)
     try:
         for name in make_users(users):
             print(f"Made the system user {name}.")
         make_directories(settings)
         changed = manager.write(files)
-        was = manager.main_pid()
-        for words in begin:
-            manager.call(*words, timeout=plan.start_timeout + _STOP_MARGIN)
+        for line in begin:
+            _call_as_soon_as_noticed(manager, line, plan.start_timeout + _STOP_MARGIN)
     except UserError as error:
         raise Refusal(f"not installed: {error}", FAILED) from None
     except ManagerError as error:
-        raise Refusal(f"not installed: {error}; the reason may be in `journalctl -u vpnserver`",
+        raise Refusal(f"not installed: {error}; the reason may be in {manager.journal}",
                       FAILED) from None  # fmt: skip
     print(f"Installed: {', '.join(map(str, files))}.")
     if was and changed:
-        print("It runs already; `vpnserver restart` goes over to the new unit.")
-    elif not args.manual:
+        print("It runs already; `vpnserver restart` goes over to what is installed now.")
+    elif not plan.manual:
+        wait_until_it_serves(settings)
         print(STARTED)
     if args.user:
         _explain_lingering()
     return OK
+
+
+def _call_as_soon_as_noticed(manager: Manager, line: Line, timeout: float) -> None:
+    """Raises ManagerError."""
+    deadline = time.monotonic() + manager.notices_within
+    while True:
+        try:
+            call(line, timeout)
+        except ManagerError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(_LOOK_EVERY)
+        else:
+            return
+
+
+def _print(*lines: Sequence[str]) -> None:
+    for line in lines:
+        print(shlex.join(line))
 
 
 def _usual_users(settings: Settings) -> list[str]:
@@ -109,34 +137,41 @@ def _usual_users(settings: Settings) -> list[str]:
 
 def _uninstall(args: argparse.Namespace) -> int:
     settings = load_settings(args.config)
-    manager = _manager(args.user)
-    files = [path for path in (manager.socket, manager.service) if path.exists()]
+    manager = _manager(args, installed=str(settings.service.runtime_dir))
+    files = manager.installed()
     if args.dry_run:
-        if files:
-            print(" ".join(manager.command("disable", "--now", *(path.name for path in files))))
-        for path in files:
-            print(f"rm {path}")
-        print(" ".join(manager.command("daemon-reload")))
+        _print(*(manager.end if files else ()), *(("rm", str(path)) for path in files),
+               *manager.forget)  # fmt: skip
         return OK
     _check_authority(manager, args.user)
     if not files:
         print("The service is not installed.")
         return OK
     try:
-        manager.call(
-            "disable", "--now", *(path.name for path in files),
-            timeout=stop_budget(settings) + 2 * _STOP_MARGIN,
-        )  # fmt: skip
+        for line in manager.end:
+            call(line, stop_budget(settings) + 2 * _STOP_MARGIN)
+        wait_until_it_ended(settings, time.monotonic() + stop_budget(settings))
         manager.write({})
-        manager.call("daemon-reload")
+        for line in manager.forget:
+            call(line)
     except ManagerError as error:
         raise Refusal(f"not uninstalled: {error}") from None
     print(f"Uninstalled. Accounts and settings are left in {settings.service.state_dir}.")
     return OK
 
 
-def _manager(user: bool) -> Manager:
-    return Manager.of_user() if user else Manager.of_system()
+def _manager(args: argparse.Namespace, installed: str = "") -> Manager:
+    """The one that was asked for, or in which this instance is ``installed``, or that runs."""
+    if args.user:
+        return systemd_of_user()
+    if args.init:
+        return INITS[args.init]()
+    managers = all_inits()
+    for one in managers:
+        if installed and one.instance() == installed and one.runs():
+            return one
+    # Where none runs systemd is as good as any to show; nothing else is done then.
+    return next((one for one in managers if one.runs()), managers[0])
 
 
 def _check_authority(manager: Manager, user: bool) -> None:
@@ -148,23 +183,20 @@ def _check_authority(manager: Manager, user: bool) -> None:
             NO_PRIVILEGE,
         )
     if not manager.runs():
-        whose = "no systemd of yours" if user else "no systemd"
-        raise Refusal(f"{whose} runs here, and nothing has been changed; `vpnserver start` works"
-                      " without it")  # fmt: skip
+        whose = f"{manager.name} of yours" if user else manager.name
+        raise Refusal(f"no {whose} runs here ({manager.sign} is missing), and nothing has been"
+                      " changed; `vpnserver start` works without it")  # fmt: skip
     foreign = manager.foreign()
     if foreign is not None:
         raise Refusal(f"{foreign} was not written by us; it is left as it is")
 
 
-def _runs_it(manager: Manager) -> bool:
-    try:
-        return bool(manager.main_pid())
-    except ManagerError:
-        return False
-
-
-def _plan(settings: Settings, args: argparse.Namespace) -> units.Plan:
+def _plan(settings: Settings, args: argparse.Namespace, manager: Manager) -> units.Plan:
     service = settings.service
+    for option in ("socket_activation", "kill_is_final"):
+        if getattr(args, option) and manager.name != "systemd":
+            raise Refusal(f"--{option.replace('_', '-')}: {manager.name} has nothing like it",
+                          BAD_ARGUMENTS)  # fmt: skip
     config = ("--config", str(settings.source)) if settings.source else ()
     listen: tuple[str, ...] = ()
     if args.socket_activation:
@@ -184,6 +216,7 @@ def _plan(settings: Settings, args: argparse.Namespace) -> units.Plan:
         stop_timeout=stop_budget(settings) + _STOP_MARGIN,
         user=args.user,
         kill_is_final=args.kill_is_final,
+        manual=args.manual,
     )
 
 

@@ -4,8 +4,8 @@ Strategy: whether the service runs is asked of the instance lock and of nothing 
 only says whom to wait for.  Each wait has a limit, and what it waited for is named when the limit
 is reached.  A stop is over when the last process has let go of the lock.
 
-Where the instance is installed as a unit of systemd, starts and stops go through it: else it would
-take a stop for a failure, or not know of a start.
+Where the instance is installed in an init system that supervises it, starts and stops go through
+that: else it would take a stop for a failure, or not know of a start.
 """
 
 import argparse
@@ -22,8 +22,9 @@ from typing import Any
 from pkvpn.cli import FAILED, NO_PRIVILEGE, NOT_RUNNING, OK, Command, Refusal, complain
 from pkvpn.cli.runtime import holders, is_running, load_settings, open_watchdog
 from pkvpn.config import ConfigError, Settings, load
-from pkvpn.service import units
-from pkvpn.service.manager import Manager, ManagerError, managing
+from pkvpn.service.inits import is_restarting, managing
+from pkvpn.service.manager import Manager, ManagerError, call
+from pkvpn.watchdog import needs
 from pkvpn.watchdog.control import ControlError, ask
 
 STARTED = "PacketiX VPN Server Service Started."
@@ -64,6 +65,7 @@ def _sandbox_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def _start(args: argparse.Namespace) -> int:
+    check_needs()
     settings = load_settings(args.config)
     running = _wait_while_it_changes(settings)
     if running is not None:
@@ -75,9 +77,9 @@ def _start(args: argparse.Namespace) -> int:
     manager = _manager(settings)
     if manager is not None:
         if args.no_sandbox:
-            raise Refusal("the unit has a sandbox; to do without, `vpnserver start --foreground"
-                          " --no-sandbox`")  # fmt: skip
-        return _start_unit(manager, settings)
+            raise Refusal(f"what {manager.name} runs has a sandbox; to do without, `vpnserver start"
+                          " --foreground --no-sandbox`")  # fmt: skip
+        return _start_through(manager, settings)
     answer = _launch(settings, no_sandbox=args.no_sandbox)
     if "already" in answer:
         # Another start was quicker.  It may not serve yet, and we promise that it does.
@@ -89,6 +91,13 @@ def _start(args: argparse.Namespace) -> int:
     _explain_lingering(settings)
     print(STARTED)
     return OK
+
+
+def check_needs() -> None:
+    """Raises Refusal where the service cannot run, whatever is configured."""
+    missing = needs.missing()
+    if missing:
+        raise Refusal("the service cannot run on this system, which lacks " + "; ".join(missing))
 
 
 def _tell_refused(answer: dict[str, Any]) -> None:
@@ -241,36 +250,58 @@ def _explain_lingering(settings: Settings) -> None:
         )
 
 
-# --- through systemd ------------------------------------------------------------------------------
+# --- through an init system ----------------------------------------------------------------------
 
 
 def _manager(settings: Settings) -> Manager | None:
     """Whom starts and stops go through; None: they are ours, also where somebody has started the
-    service without its unit."""
+    service by hand."""
     manager = managing(str(settings.service.runtime_dir))
     try:
-        if manager is None or (is_running(settings) and not manager.main_pid()):
+        if manager is None or (is_running(settings) and not manager.runs_it()):
             return None
     except ManagerError as error:
-        complain(f"systemd is passed over: {error}")
+        complain(f"{manager.name if manager else ''} is passed over: {error}")
         return None
     return manager
 
 
-def _call(manager: Manager, settings: Settings, *words: str) -> None:
+def _ask(manager: Manager, verb: str, settings: Settings) -> None:
     """Raises Refusal."""
     try:
-        manager.call(*words, timeout=start_budget(settings) + stop_budget(settings))
+        call(manager.verbs[verb], start_budget(settings) + stop_budget(settings))
     except ManagerError as error:
-        raise Refusal(f"{error}\nthe reason may be in `journalctl -u vpnserver`") from None
+        raise Refusal(f"{error}\nthe reason may be in {manager.journal}") from None
 
 
-def _start_unit(manager: Manager, settings: Settings) -> int:
-    _call(manager, settings, "start", units.SERVICE)
-    with contextlib.suppress(OSError, ControlError):
-        _tell_refused(ask(str(settings.control_socket), "status", timeout=ANSWER_TIMEOUT))
+def _start_through(manager: Manager, settings: Settings) -> int:
+    _ask(manager, "start", settings)
+    _tell_refused(wait_until_it_serves(settings))
     print(STARTED)
     return OK
+
+
+def wait_until_it_serves(settings: Settings) -> dict[str, Any]:
+    """Return its status then; most init systems call a process started that only begins."""
+    deadline = time.monotonic() + start_budget(settings)
+    while True:
+        with contextlib.suppress(OSError, ControlError):
+            status: dict[str, Any] = ask(
+                str(settings.control_socket), "status", timeout=ANSWER_TIMEOUT
+            )
+            if status["state"] not in ("starting", "stopping"):
+                return status
+        if time.monotonic() > deadline:
+            raise Refusal(
+                f"the service does not serve after {start_budget(settings):g} s; look at `status`"
+                f" and at {settings.service.log_file}"
+            )
+        time.sleep(_LOOK_EVERY)
+
+
+def _stop_through(manager: Manager, settings: Settings) -> None:
+    _ask(manager, "stop", settings)
+    wait_until_it_ended(settings, time.monotonic() + stop_budget(settings))
 
 
 # --- stop ----------------------------------------------------------------------------------------
@@ -286,8 +317,7 @@ def _stop(args: argparse.Namespace) -> int:
     manager = _manager(settings)
     if manager is not None:
         # Also where none of it runs: it may be about to be started anew, or by a connection.
-        sockets = [units.SOCKET] if manager.socket.exists() else []
-        _call(manager, settings, "stop", *sockets, units.SERVICE)
+        _stop_through(manager, settings)
     if not was_running:
         return _not_running()
     if manager is None:
@@ -312,6 +342,11 @@ def _stop_and_wait(settings: Settings) -> None:
             waiter.poll(max(0.0, deadline - time.monotonic()) * 1000)
         finally:
             os.close(watchdog)
+    wait_until_it_ended(settings, deadline)
+
+
+def wait_until_it_ended(settings: Settings, deadline: float) -> None:
+    """Raises Refusal naming what is left."""
     if not _wait_until(lambda: not is_running(settings), deadline):
         raise Refusal(
             f"the service has not ended within {stop_budget(settings):g} s; still there: "
@@ -387,13 +422,18 @@ def _restart_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _restart(args: argparse.Namespace) -> int:
+    check_needs()
     settings = load_settings(args.config)
     if getattr(args, "child", None) is not None:
         return _restart_child(settings, args.child)
     if is_running(settings):
         manager = _manager(settings)
         if manager is not None:
-            _call(manager, settings, "restart", units.SERVICE)
+            if "restart" not in manager.verbs:
+                _stop_through(manager, settings)
+                print(STOPPED, flush=True)
+                return _start_through(manager, settings)
+            _ask(manager, "restart", settings)
             print(STOPPED)
             print(STARTED)
             return OK
@@ -440,10 +480,10 @@ def _reload_arguments(parser: argparse.ArgumentParser) -> None:
 def _reload(args: argparse.Namespace) -> int:
     settings = load_settings(args.config)  # a file that is wrong is refused here already
     manager = _manager(settings) if is_running(settings) and not args.direct else None
-    if manager is None:
+    if manager is None or "reload" not in manager.verbs:
         _request(settings, "reload", 30.0)
     else:
-        _call(manager, settings, "reload", units.SERVICE)
+        _ask(manager, "reload", settings)
     print("The configuration has been read again.")
     if args.direct:
         return OK
@@ -526,8 +566,7 @@ def _execstop_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _execstop(args: argparse.Namespace) -> int:
     """Say to the watchdog what kind of end it is; systemd sends it a TERM after this."""
-    manager = Manager.of_user() if args.user else Manager.of_system()
-    if manager.is_restarting():
+    if is_restarting(args.user):
         settings = load_settings(args.config)
         with contextlib.suppress(OSError, ControlError):
             ask(str(settings.control_socket), "stop", {"yield": True}, timeout=ANSWER_TIMEOUT)
@@ -551,6 +590,7 @@ def _execsvc_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _execsvc(args: argparse.Namespace) -> int:
+    check_needs()
     try:
         settings = load(args.config)
     except ConfigError as error:

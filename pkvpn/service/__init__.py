@@ -1,1 +1,1 @@
-"""Service Mode: the VPN server as a unit of systemd."""
+"""Service Mode: the VPN server in the machine's init system."""

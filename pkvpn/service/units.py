@@ -6,14 +6,16 @@ of nothing else, so that two plans that are equal are the same file.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 SERVICE = "vpnserver.service"
 SOCKET = "vpnserver.socket"
 
-# In the first line of each unit of ours: what has another first line is not ours to replace.
+# At the top of each file of ours: what has it not there is not ours to replace.
 MARK = "# Written by `vpnserver install`."
+_KINDS = ("#!", "<?xml", "<!--")
 # In front of the directory by which a unit is found to be that of an instance.
 INSTANCE = "# instance: "
 # FileDescriptorName= of the sockets, which is the name they are held under.
@@ -88,6 +90,7 @@ class Plan:
     stop_timeout: float
     user: bool = False  # a unit of the user's own manager, with that user's rights
     kill_is_final: bool = False
+    manual: bool = False  # neither started now nor with the machine
 
 
 def service_unit(plan: Plan) -> str:
@@ -117,13 +120,19 @@ def socket_unit(plan: Plan) -> str:
 
 
 def is_ours(text: str) -> bool:
-    return text.startswith(MARK)
+    return any(line.startswith(MARK) for line in _top(text)[:1])
 
 
 def instance_of(text: str) -> str:
-    """The runtime directory of the instance that a unit of ours runs, or nothing."""
-    lines = text.splitlines()[:2] if is_ours(text) else []
+    """The runtime directory of the instance that a file of ours runs, or nothing."""
+    lines = _top(text) if is_ours(text) else []
     return next((line.removeprefix(INSTANCE) for line in lines if line.startswith(INSTANCE)), "")
+
+
+def _top(text: str) -> list[str]:
+    """The first two lines, behind those that say of what kind a script or an XML file is."""
+    lines = itertools.islice(text.splitlines(), 4)
+    return list(itertools.dropwhile(lambda line: line.startswith(_KINDS), lines))[:2]
 
 
 def _header(plan: Plan) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +41,15 @@ def image_directory() -> Path:
     return Path(known) if known else Path(cache, "pkvpn-images")
 
 
-def image() -> Path:
+def image(name: str, packages: Iterable[str]) -> Path:
     """The image, made if it is not there yet.  Raises AssertionError with what went wrong."""
-    made = image_directory() / IMAGE
+    made = image_directory() / name
     if not made.exists():
         made.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=made.parent, ignore_cleanup_errors=True) as scratch:
             root = Path(scratch, "root")
             run(
-                "debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}",
+                "debootstrap", "--variant=minbase", f"--include={','.join(packages)}",
                 SUITE, str(root), timeout=_IMAGE_TIMEOUT,
             )  # fmt: skip
             shutil.rmtree(root / "var/cache/apt")
@@ -74,13 +75,17 @@ def why_not() -> str:
 class Machine:
     """One container, from the first boot to the poweroff."""
 
+    image: str = IMAGE
+    packages: tuple[str, ...] = PACKAGES
+    init = "systemd"  # what its first process is called
+
     def __init__(self) -> None:
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the machine
         # What a reboot must find again lies beside the image.
         self._scratch = tempfile.TemporaryDirectory(
             dir="/dev/shm", prefix="pkvpn-machine-", ignore_cleanup_errors=True
         )
-        root = image()
+        root = image(self.image, self.packages)
         kept = []
         for name in ("etc", "var"):
             upper = Path(self._scratch.name, name)
@@ -115,7 +120,7 @@ class Machine:
             env={**os.environ, "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"},
         )  # fmt: skip
         self.pid = eventually(self._find_init, within=BOOT_TIMEOUT)
-        eventually(lambda: self.state() in ("running", "degraded"), within=BOOT_TIMEOUT, every=0.05)
+        eventually(self.is_up, within=BOOT_TIMEOUT, every=0.05)
 
     def _find_init(self) -> int:
         assert self._nspawn is not None
@@ -124,7 +129,7 @@ class Machine:
         for pid in procfs.descendants(self._nspawn.pid):
             # In the namespace of nspawn it has another number, and in its own it is the first.
             status = Path(f"/proc/{pid}/status").read_text()
-            if re.search(r"^Name:\tsystemd$", status, re.MULTILINE) and re.search(
+            if re.search(rf"^Name:\t{self.init}$", status, re.MULTILINE) and re.search(
                 r"^NSpid:\t\d+\t\d+\t1$", status, re.MULTILINE
             ):
                 return pid
@@ -135,9 +140,9 @@ class Machine:
         self._said.seek(0)
         return self._said.read().decode(errors="replace")
 
-    def state(self) -> str:
+    def is_up(self) -> bool:
         done = self.do("systemctl", "is-system-running", check=False)
-        return done.stdout.strip()
+        return done.stdout.strip() in ("running", "degraded")
 
     def enter(self, *command: str) -> list[str]:
         """The command line that runs a command as root of the machine."""

@@ -180,7 +180,9 @@ def test_install_can_be_repeated_and_undone(machine: Machine) -> None:
     machine.vpnserver("hub", "add", "T")
     machine.vpnserver("install")
     assert machine.watchdog() == pid
-    assert "goes over to the new unit" in machine.vpnserver("install", "--kill-is-final").stdout
+    assert (
+        "goes over to what is installed" in machine.vpnserver("install", "--kill-is-final").stdout
+    )
     machine.vpnserver("uninstall")
     assert machine.show("LoadState") == "not-found"
     assert "not installed" in machine.vpnserver("uninstall").stdout

@@ -1,16 +1,16 @@
-"""The files of units, and a `systemctl` that only writes down what it is asked."""
+"""The files of an init system, and programs that only write down what they are asked."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pkvpn.cli import NO_PRIVILEGE, main
 from pkvpn.config import EDGE_USER
-from pkvpn.service import manager as manager_module
-from pkvpn.service import units
-from pkvpn.service.manager import Manager, ManagerError
+from pkvpn.service import inits
+from pkvpn.service.manager import Manager, ManagerError, call
 from pkvpn.users import find_user
 from tests.service.test_units import PLAN
 
@@ -31,54 +31,55 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def manager(tmp_path: Path) -> Manager:
-    return Manager(tmp_path / "units", running=tmp_path)
+    return inits.systemd(tmp_path / "units", sign=tmp_path)
 
 
 def test_units_are_written_once_and_removed(manager: Manager) -> None:
-    files = {manager.service: units.service_unit(PLAN), manager.socket: units.socket_unit(PLAN)}
+    files = manager.files(replace(PLAN, listen=("[::]:443",)))
+    assert len(files) == 2
     assert manager.write(files)
     assert not manager.write(files)
     assert manager.instance() == "/run/pkvpn"
     assert manager.foreign() is None
     # Without sockets from now on.
-    assert manager.write({manager.service: units.service_unit(PLAN)})
-    assert [path.name for path in manager.directory.iterdir()] == ["vpnserver.service"]
+    assert manager.write(manager.files(PLAN))
+    assert [path.name for path in manager.installed()] == ["vpnserver.service"]
     assert manager.write({})
-    assert not list(manager.directory.iterdir())
+    assert not list(manager.places[0].parent.iterdir())
     assert manager.instance() == ""
 
 
 def test_a_unit_of_another_author_is_seen(manager: Manager) -> None:
-    manager.directory.mkdir()
-    manager.service.write_text("[Service]\nExecStart=/opt/vpnserver/vpnserver execsvc\n")
-    assert manager.foreign() == manager.service
+    unit = manager.places[0]
+    unit.parent.mkdir()
+    unit.write_text("[Service]\nExecStart=/opt/vpnserver/vpnserver execsvc\n")
+    assert manager.foreign() == unit
     assert manager.instance() == ""
 
 
 def test_what_systemctl_complains_of_is_the_error(manager: Manager, asked: Path) -> None:
-    manager.call("start", "one")
+    call(manager.verbs["start"])
     with pytest.raises(ManagerError, match="refuse: no"):
-        manager.call("refuse")
-    user = Manager(manager.directory, user=True)
-    user.call("start", "two")
+        call(("systemctl", "refuse"))
+    call(inits.systemd_of_user().verbs["stop"])
     assert asked.read_text().splitlines() == [
-        "--no-ask-password start one",
-        "--no-ask-password refuse",
-        "--user --no-ask-password start two",
+        "--no-ask-password start vpnserver.service",
+        "refuse",
+        "--user --no-ask-password stop vpnserver.service",
     ]
 
 
 def test_verbs_go_through_systemd_for_the_installed_instance_only(
     manager: Manager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Manager, "of_system", classmethod(lambda _: manager))
-    monkeypatch.setattr(Manager, "of_user", classmethod(lambda _: manager))
-    assert manager_module.managing("/run/pkvpn") is None
-    manager.write({manager.service: units.service_unit(PLAN)})
-    assert manager_module.managing("/run/pkvpn") is manager
-    assert manager_module.managing("/run/another") is None
-    monkeypatch.setattr(manager, "_running", Path("/nonexistent"))
-    assert manager_module.managing("/run/pkvpn") is None
+    monkeypatch.setattr(inits, "all_inits", lambda: [manager])
+    monkeypatch.setattr(inits, "systemd_of_user", lambda: manager)
+    assert inits.managing("/run/pkvpn") is None
+    manager.write(manager.files(PLAN))
+    assert inits.managing("/run/pkvpn") is manager
+    assert inits.managing("/run/another") is None
+    manager = replace(manager, sign=Path("/nonexistent"))
+    assert inits.managing("/run/pkvpn") is None
 
 
 # --- the verbs
@@ -110,7 +111,10 @@ def test_a_dry_run_prints_files_and_commands_and_does_nothing(
     config: str, tmp_path: Path, asked: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = sorted(tmp_path.iterdir())
-    assert main(["--config", config, "install", "--dry-run", "--kill-is-final"]) == 0
+    assert (
+        main(["--config", config, "install", "--init", "systemd", "--dry-run", "--kill-is-final"])
+        == 0
+    )
     said = capsys.readouterr().out
     assert "RestartPreventExitStatus=SIGKILL" in said
     assert f"ReadWritePaths={tmp_path / 'state'}" in said
@@ -121,7 +125,7 @@ def test_a_dry_run_prints_files_and_commands_and_does_nothing(
         "systemctl --no-ask-password enable vpnserver.service\n"
         "systemctl --no-ask-password start vpnserver.service\n"
     )
-    assert main(["--config", config, "install", "--dry-run", "--manual"]) == 0
+    assert main(["--config", config, "install", "--init", "systemd", "--dry-run", "--manual"]) == 0
     assert "enable" not in capsys.readouterr().out
     assert sorted(tmp_path.iterdir()) == before
     assert asked.read_text() == ""
@@ -130,5 +134,10 @@ def test_a_dry_run_prints_files_and_commands_and_does_nothing(
 def test_systemd_is_not_asked_to_choose_a_port(
     config: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["--config", config, "install", "--dry-run", "--socket-activation"]) == 1
+    assert (
+        main(
+            ["--config", config, "install", "--init", "systemd", "--dry-run", "--socket-activation"]
+        )
+        == 1
+    )
     assert "choose a port" in capsys.readouterr().err
