@@ -116,6 +116,8 @@ class StoreThread(threading.Thread):
         self._serve = serve
         self._stop_read, self._stop_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._failing = ""
+        # What it died of: the core without it lets nobody change anything, and is to die as well.
+        self.failure: Exception | None = None
 
     def ask_to_end(self) -> None:
         """It ends when it has answered what it is at."""
@@ -123,6 +125,12 @@ class StoreThread(threading.Thread):
 
     def run(self) -> None:
         """Until the end is asked for."""
+        try:
+            self._answer()
+        except Exception as error:  # noqa: BLE001  the loop raises it, with our stack
+            self.failure = error
+
+    def _answer(self) -> None:
         with selectors.DefaultSelector() as selector:
             server = self._serve(selector)
             selector.register(self._stop_read, selectors.EVENT_READ)

@@ -217,6 +217,8 @@ class Core:
                 if self._serving and not thread.ident:
                     thread.start()
                 self.turn()
+                if thread.failure is not None:
+                    raise thread.failure
         finally:
             if thread.ident:
                 thread.ask_to_end()

@@ -37,6 +37,7 @@ from pkvpn.channel import (
     join_blocks,
 )
 from pkvpn.core import main as core
+from pkvpn.core.control import Control
 from pkvpn.core.hub import Hub
 from pkvpn.core.login import LoginDesk
 from pkvpn.core.poison import FRAME_DEATHS, HUB_DEATHS
@@ -623,6 +624,23 @@ def test_what_kills_edges_puts_its_user_into_quarantine(tree: Tree, edge: Edge) 
     edge.say(Closed(canary.conn, POISONED))
     eventually(lambda: tree.ask("status")["connections"] == 0)
     assert tree.ask("status")["quarantine"] == 1
+
+
+def test_a_core_whose_store_thread_dies_dies_of_the_same(
+    tree: Tree, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_control: Control) -> None:
+        raise ZeroDivisionError
+
+    def break_refresh() -> None:
+        Control.refresh = fail  # type: ignore[method-assign, assignment]
+
+    tree.start(break_refresh)
+    tree.edges[0].begin()
+    assert tree.wait(tree.pid) == 1
+    tree.pid = 0
+    # Whoever reads the report sees where it stood.
+    assert "in fail\n    raise ZeroDivisionError" in capfd.readouterr().err
 
 
 def test_a_bug_in_a_login_costs_one_connection(tree: Tree) -> None:
