@@ -24,9 +24,9 @@ exit-core exit-edge exit-1-core raise-core raise-edge raise-canary sibling-core 
 scribble-edge crash-loop-core crash-loop-edge respawns traced-and-killed frozen-and-killed
 block-core block-edge block-canary busy-core busy-edge gil-core gil-edge vfork-core vfork-edge
 live-thread-core logging-lock-core deaf-core deaf-edge stop-reading-core stop-reading-edge
-close-listener-edge leak-edge stop-core stop-edge mute-core mute-edge garbage-core garbage-edge partial-core
-partial-edge pause-core pause-edge pause-canary pause-log slow-core slow-edge log-flood zombies
-trace-core freeze-core starve-core hang-in-start hang-in-standby hang-in-stop
+close-listener-edge leak-edge stop-core stop-edge mute-core mute-edge garbage-core garbage-edge
+partial-core partial-edge pause-core pause-edge pause-canary pause-log slow-core slow-edge
+log-flood zombies trace-core freeze-core starve-core hang-in-start hang-in-standby hang-in-stop
 kill-watchdog kill-watchdog-in-respawn kill-watchdog-in-stop kill-watchdog-in-start
 kill-watchdog-in-upgrade kill-watchdog-in-fork kill-everything kill-in-wrong-order nobody-reaps
 term-watchdog term-twice term-core pause-watchdog kill-core-without-watchdog
