@@ -945,7 +945,11 @@ class Edge:
         oldest = next(iter(self._strangers))
         del self._strangers[oldest]
         self._turn.refusals[Refusal.MADE_ROOM] += 1
-        self._end(self._peers[oldest], "no place for who does not log in")
+        peer, why = self._peers[oldest], "no place for who does not log in"
+        self._end(peer, why)
+        # Its place is wanted now: it gets its goodbye, but nobody listens until it closes.
+        self._flush(peer)
+        self._gone(peer, why)
 
     def _accept_our_own(self) -> None:
         """While this edge is full: see whether the canary is among those whom no other edge took.

@@ -1089,6 +1089,18 @@ def test_who_holds_connections_open_keeps_nobody_out(pem: Pem) -> None:
         tree.close()
 
 
+def test_those_who_made_room_do_not_keep_it(pem: Pem) -> None:
+    """They would for as long as they do not close, and then a newcomer would find no place."""
+    tree = FakeTree(EdgeSettings(index=1, max_connections=4), pem.joined)
+    tree.start(before=lambda: setattr(main, "_STRANGER_STAYS", 0.0))
+    try:
+        strangers = [Client(tree, source="127.0.0.2") for _ in range(30)]
+        strangers[-1].login()
+        assert strangers[0].sock.recv(1) == b""  # with a goodbye
+    finally:
+        tree.close()
+
+
 def memory_of(tree: FakeTree) -> int:
     return os.fstat(tree.checkpoint).st_blocks * 512
 
