@@ -13,10 +13,12 @@ import contextlib
 import json
 import os
 import select
+import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from pkvpn.cli import FAILED, NO_PRIVILEGE, NOT_RUNNING, OK, Command, Refusal, complain
@@ -145,7 +147,7 @@ def _launch(settings: Settings, *, no_sandbox: bool) -> dict[str, Any]:
     """Start execsvc away from this terminal and return its last word."""
     answers, word = os.pipe()
     try:
-        command = _execsvc_command(settings, word)
+        command = [*_beside_login(settings), *_execsvc_command(settings, word)]
         _spawn_detached([*command, *(["--no-sandbox"] if no_sandbox else [])], keep=word)
     finally:
         os.close(word)
@@ -228,12 +230,10 @@ def _last_word(settings: Settings, answers: int) -> dict[str, Any]:
             deadline = time.monotonic() + patience
 
 
-def _explain_lingering(settings: Settings) -> None:
-    """Say so where logind would end the service together with the login."""
+def _is_ended_with_login(settings: Settings) -> bool:
+    """Whether logind ends all that this login leaves behind."""
     if settings.mode != "user" or "XDG_SESSION_ID" not in os.environ:
-        return
-    from pathlib import Path
-
+        return False
     root = Path("/etc/systemd")
     kills = False
     for file in (root / "logind.conf", *sorted(root.glob("logind.conf.d/*.conf"))):
@@ -242,11 +242,31 @@ def _explain_lingering(settings: Settings) -> None:
                 key, _, value = line.partition("=")
                 if key.strip() == "KillUserProcesses":
                     kills = value.strip().lower() in ("1", "yes", "true", "on")
-    user = os.environ.get("USER", "")
-    if kills and not Path("/var/lib/systemd/linger", user or "-").exists():
+    return kills
+
+
+def _lingers() -> bool:
+    return Path("/var/lib/systemd/linger", os.environ.get("USER") or "-").exists()
+
+
+def _beside_login(settings: Settings) -> list[str]:
+    """What runs a command as nothing of this login, where that is needed and allowed.
+
+    Who lingers has a systemd that stays; of the login itself nothing would, lingering or not.
+    """
+    if _is_ended_with_login(settings) and _lingers():
+        program = shutil.which("systemd-run")
+        if program:
+            return [program, "--user", "--scope", "--quiet", "--collect", "--"]
+    return []
+
+
+def _explain_lingering(settings: Settings) -> None:
+    """Say so where logind would end the service together with the login."""
+    if _is_ended_with_login(settings) and not _lingers():
         complain(
             "logind ends your processes when you log out (KillUserProcesses=yes); "
-            "`loginctl enable-linger` lets the service go on"
+            "`loginctl enable-linger` and then `vpnserver restart` lets the service go on"
         )
 
 
