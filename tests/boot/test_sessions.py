@@ -153,6 +153,11 @@ def do(machine: Machine, deed: str) -> None:
     wait_whole(machine, after=before if again else 0)
 
 
+def interface(machine: Machine, name: str) -> int:
+    (found,) = json.loads(machine.do("ip", "-json", "link", "show", "dev", name).stdout)
+    return int(found["ifindex"])
+
+
 # What more than about a thousand frames come at once a stock client drops: of a silence this long
 # at a frame each millisecond it keeps all.
 STOCK_HOLDS = 0.9
@@ -162,6 +167,9 @@ STOCK_HOLDS = 0.9
 @pytest.mark.netns
 @pytest.mark.softether
 def test_clients_keep_their_sessions_and_no_frame_is_lost(machine: Machine) -> None:
+    machine.vpnserver("bridge", "add", "T", "tap0")
+    tap = interface(machine, "tap0")
+    machine.do("ip", "addr", "add", "10.77.0.9/24", "dev", "tap0")
     with stock_visiting(machine) as (stock, clients), visiting(machine) as ours:
         too_many = 0.0
         stock.silence(), ours.silence()
@@ -170,6 +178,8 @@ def test_clients_keep_their_sessions_and_no_frame_is_lost(machine: Machine) -> N
             silences = stock.silence(), ours.silence()
             print("{:24} longest silence: stock {:.3f} s, ours {:.3f} s".format(deed, *silences))
             too_many += max(0.0, silences[0] - STOCK_HOLDS) * 1000
+            assert interface(machine, "tap0") == tap, f"{deed}: the TAP is another one"
+        clients[0].run("ping", "-c", "1", "-W", "5", "10.77.0.9")
         told = ours.end()
         assert told["clients"] == [{"logins": 1, "resumptions": 0}] * 2, machine.journal()
         assert told["lost"] == 0, machine.journal()
