@@ -25,6 +25,8 @@ PROGRAMS = {
     "idle": (1800, ["idle"]),
     "respawn": (3600, ["respawn"]),
     "given": (600, ["given"]),
+    "fdstore": (300, ["fdstore"]),
+    "services": (1800, ["services"]),
     "hangs": (3600, ["hangs"]),
     "false-kills": (1800, ["false_kills"]),
     "endurance": (3600, ["endurance"]),
