@@ -1,9 +1,9 @@
-"""What thousands of connections cost in systemd's keeping: it compares each new one with all it has.
+"""What thousands of connections cost in systemd's keeping: it compares each new one with all.
 
     python -m benchmarks.fdstore [--descriptors N] [--step N] [--quick]
 
-A service of nothing else, in a machine that boots systemd, hands over sockets, so many at a time, and
-waits until all are taken (BARRIER=1); then all of them end.  Times, and the processor of process 1.
+A service of nothing else, in a machine that boots systemd, hands over sockets, so many at a time,
+and waits until all are taken (BARRIER=1); then all of them end.  Times, and what process 1 spends.
 """
 
 from __future__ import annotations

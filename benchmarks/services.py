@@ -4,8 +4,8 @@
 
 In a machine that boots systemd, with two stock clients on cables of their own and an echo between
 them each millisecond, beside them two clients of ours with one each two milliseconds.  In each
-round every deed of the tests once, but the freeze, whose length is ours to choose; each is over when
-the service is whole again.
+round every deed of the tests once, but the freeze, whose length is ours to choose; each is over
+when the service is whole again.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def main() -> None:
         ours = stack.enter_context(visiting(machine))
         stock.silence(), ours.silence()
         for _ in range(args.rounds):
-            for deed in silences:
+            for deed, found in silences.items():
                 do(machine, deed)
-                silences[deed].append((stock.silence(), ours.silence()))
+                found.append((stock.silence(), ours.silence()))
         sessions = [client.established_sessions() for client in clients]
         of_stock, of_ours = stock.end(), ours.end()
     for deed, found in silences.items():
