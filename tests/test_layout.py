@@ -36,6 +36,9 @@ ALLOWED: dict[str, set[str]] = {
     "pkvpn.core": {"pkvpn.channel", "pkvpn.protocol"} | _CHILD,
     "pkvpn.client": {"pkvpn.protocol"} | _CHILD,
     "pkvpn.windows": {"pkvpn.watchdog"},
+    "pkvpn.windows.__main__": _EVERYTHING,
+    "pkvpn.windows.server": _EVERYTHING,
+    "pkvpn.windows.edge": {"pkvpn.channel", "pkvpn.core.link", "pkvpn.edge"},
 }
 
 # Modules that decide and translate, and leave it to others to act and to wait.

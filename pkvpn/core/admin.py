@@ -6,7 +6,6 @@ has done there (`Calls`) and waits for, with a limit.  The loop never waits for 
 """
 
 import logging
-import os
 import queue
 import selectors
 import threading
@@ -15,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Protocol, TypeVar, cast
 
+from pkvpn.core.bell import Bell
 from pkvpn.core.control import Control, Live
 from pkvpn.core.store import Store, StoreError
 
@@ -33,23 +33,19 @@ class Calls:
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
-        self._read_fd, self._write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._bell = Bell()
 
     def fileno(self) -> int:
         """Readable when `run` has something to do."""
-        return self._read_fd
+        return self._bell.fileno()
 
     def close(self) -> None:
         """To be called when nobody calls any more."""
-        os.close(self._read_fd)
-        os.close(self._write_fd)
+        self._bell.close()
 
     def run(self) -> None:
         """Do what was asked for.  To be called by the loop."""
-        try:
-            os.read(self._read_fd, 4096)
-        except BlockingIOError:
-            pass
+        self._bell.clear()
         while True:
             try:
                 call, future = self._queue.get_nowait()
@@ -67,10 +63,7 @@ class Calls:
         """
         future: Future[T] = Future()
         self._queue.put((call, future))
-        try:
-            os.write(self._write_fd, b"!")
-        except BlockingIOError:
-            pass  # full: the loop will be woken
+        self._bell.ring()
         return future.result(_CALL_TIMEOUT)
 
 
@@ -114,14 +107,14 @@ class StoreThread(threading.Thread):
         self._store = store
         self._control = control
         self._serve = serve
-        self._stop_read, self._stop_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._end = Bell()
         self._failing = ""
         # What it died of: the core without it lets nobody change anything, and is to die as well.
         self.failure: Exception | None = None
 
     def ask_to_end(self) -> None:
         """It ends when it has answered what it is at."""
-        os.close(self._stop_write)
+        self._end.ring()
 
     def run(self) -> None:
         """Until the end is asked for."""
@@ -133,18 +126,18 @@ class StoreThread(threading.Thread):
     def _answer(self) -> None:
         with selectors.DefaultSelector() as selector:
             server = self._serve(selector)
-            selector.register(self._stop_read, selectors.EVENT_READ)
+            selector.register(self._end, selectors.EVENT_READ)
             refresh_at = time.monotonic() + _REFRESH_INTERVAL
             stopping = False
             while not stopping:
                 for key, mask in selector.select(max(0.0, refresh_at - time.monotonic())):
-                    stopping |= key.fd == self._stop_read
+                    stopping |= key.fileobj is self._end
                     server.handle(key, mask)
                 if time.monotonic() >= refresh_at:
                     self._refresh()
                     refresh_at = time.monotonic() + _REFRESH_INTERVAL
             server.close()
-        os.close(self._stop_read)
+        self._end.close()
         self._store.close()
 
     def _refresh(self) -> None:

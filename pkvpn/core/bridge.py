@@ -6,7 +6,6 @@ Nothing heavy is imported: the watchdog pays for it.
 """
 
 import errno
-import fcntl
 import os
 import socket
 import struct
@@ -60,6 +59,8 @@ def open_tap(name: str, bridge: str | None = None, opened: int | None = None) ->
 
 
 def _open(name: str) -> int:
+    import fcntl  # this module is known to the core on systems that have neither
+
     try:
         fd = os.open(_DEVICE, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
@@ -90,6 +91,8 @@ def _is_up(name: str, words: tuple[str, ...]) -> bool:
     """A device that belongs to the user may be up already, and only root may set it."""
     if words[-1] != "up":
         return False
+    import fcntl
+
     try:
         # Not by /sys, which shows the network of whoever mounted it.
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:

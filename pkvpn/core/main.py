@@ -9,15 +9,18 @@ accounts, the watchdog the sockets with what is queued in them.  A new core says
 replays, and serves logins when it knows what there is, or after ``replay_timeout``.
 """
 
+from __future__ import annotations
+
 import logging
+import math
 import os
 import secrets
 import selectors
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import zip_longest
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pkvpn import channel
 from pkvpn.channel import (
@@ -43,7 +46,7 @@ from pkvpn.channel import (
 )
 from pkvpn.core import blob as blobs
 from pkvpn.core.accounts import Accounts, Change
-from pkvpn.core.admin import Calls, StoreThread, live_in_loop
+from pkvpn.core.admin import Calls, Server, StoreThread, live_in_loop
 from pkvpn.core.blob import Blob, BlobError, Stage
 from pkvpn.core.bridge import Tap
 from pkvpn.core.control import Control, Page, Refused, SessionName, page_key
@@ -58,9 +61,11 @@ from pkvpn.core.session import WEEK, Session, SessionKeys, Sessions
 from pkvpn.core.settings import CoreSettings
 from pkvpn.core.store import Store, StoreError, session_secret
 from pkvpn.protocol.messages import Direction
-from pkvpn.watchdog.child import Child
-from pkvpn.watchdog.control import ControlError, ControlServer
+from pkvpn.watchdog.control import Answer, ControlError, ControlServer
 from pkvpn.watchdog.lifeline import next_moment
+
+if TYPE_CHECKING:
+    from pkvpn.watchdog.child import Child
 
 _log = logging.getLogger("pkvpn.core")
 
@@ -143,7 +148,10 @@ class Core:
         store: Store,
         accounts: Accounts,
         keys: SessionKeys,
+        links: list[Link] | None = None,
+        marks: tuple[Mark, Quarantine] | None = None,
     ) -> None:
+        """``links`` and ``marks``: where there are no descriptors of the watchdog's for them."""
         now = time.monotonic()
         self._child = child
         self._settings = settings
@@ -171,16 +179,13 @@ class Core:
         self._lost: dict[str, int] = {}  # frames and requests that belong to no port
         self._switched = child.duty("switch")
         self._logged_in = child.duty("login")
-        self._mark, self._quarantine = _take_mark(child)
+        self._mark, self._quarantine = marks or _take_mark(child)
         self._desk.kept_out = self._quarantine.holds
         self._poisoned, hub_of_deaths = self._mark.judge(now)
         if hub_of_deaths in accounts.hubs:
             self._keep_out_hub(accounts.hubs[hub_of_deaths].name, now)
         self._calls = Calls()
-        fds = child.held("channel:core")
-        self._links = [
-            Link(index + 1, fds[2 * index], fds[2 * index + 1]) for index in range(len(fds) // 2)
-        ]
+        self._links = links or _open_links(child.held("channel:core"))
         self._selector = selectors.DefaultSelector()
         self._tick_at = self._ageing_at = now
 
@@ -189,6 +194,14 @@ class Core:
     def run(self) -> None:
         """Until the watchdog asks for the end."""
         listener = os.dup(self._child.held("admin")[0])
+        self.live(lambda selector, answer: ControlServer(listener, selector, answer), self.turn)
+
+    def live(
+        self,
+        serve: Callable[[selectors.BaseSelector, Answer], Server],
+        turn: Callable[[], None],
+    ) -> None:
+        """`run`, with a server for operators that ``serve`` makes, and turns of the caller's."""
         control = Control(self._store, live_in_loop(self, self._calls), self._accounts)
         duty = self._child.duty("store")
 
@@ -206,9 +219,7 @@ class Core:
                 duty.done += 1
                 duty.waiting_since = 0.0
 
-        thread = StoreThread(
-            self._store, control, lambda selector: ControlServer(listener, selector, answer)
-        )
+        thread = StoreThread(self._store, control, lambda selector: serve(selector, answer))
         try:
             self.begin()
             self._child.ready()
@@ -216,7 +227,7 @@ class Core:
                 # Operators wait for clients: two threads take turns of milliseconds.
                 if self._serving and not thread.ident:
                     thread.start()
-                self.turn()
+                turn()
                 if thread.failure is not None:
                     raise thread.failure
         finally:
@@ -242,8 +253,8 @@ class Core:
             link.greet(self._epoch)
             self._flush(link)
 
-    def turn(self) -> None:
-        """Wait for something to do, or for the next beat, and do it."""
+    def turn(self, longest: float = math.inf) -> None:
+        """Wait for something to do, or for the next beat, or ``longest``, and do it."""
         now = time.monotonic()
         if now >= self._tick_at:
             self._tick(now)
@@ -252,7 +263,7 @@ class Core:
                 self._age(now)
                 self._ageing_at = now + _AGEING_TICK
             self._flush_all()
-        timeout = min(self._child.turn(now), self._tick_at - now)
+        timeout = min(self._child.turn(now), self._tick_at - now, longest)
         if not self._serving:
             timeout = min(timeout, 0.05)
         events = self._selector.select(max(0.0, timeout))
@@ -1052,9 +1063,13 @@ def _sums(*counts: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(map(sum, zip_longest(*counts, fillvalue=0)))
 
 
-def _named(names: type[EdgeDrop] | type[Refusal], counts: Iterable[int]) -> dict[str, int]:
+def _named(names: type[EdgeDrop | Refusal], counts: Iterable[int]) -> dict[str, int]:
     """What there is of each, by name."""
     return {name.value: n for name, n in zip(names, counts, strict=False) if n}
+
+
+def _open_links(fds: list[int]) -> list[Link]:
+    return [Link(index + 1, fds[2 * index], fds[2 * index + 1]) for index in range(len(fds) // 2)]
 
 
 def _take_mark(child: Child) -> tuple[Mark, Quarantine]:
@@ -1062,20 +1077,20 @@ def _take_mark(child: Child) -> tuple[Mark, Quarantine]:
     fd = child.given().get(_MARK_KEY)
     if fd is not None:
         try:
-            return _open_mark(fd)
+            return open_mark(fd)
         except (OSError, ValueError) as error:
             # A core that has run wild gave it; its successors are not to die of it one by one.
             _log.error("what the core before was working on is not known: %s", error)
     fd = os.memfd_create("core-mark", os.MFD_CLOEXEC)
     try:
-        made = _open_mark(fd)
+        made = open_mark(fd)
         child.give(_MARK_KEY, fd)
         return made
     finally:
         os.close(fd)
 
 
-def _open_mark(fd: int) -> tuple[Mark, Quarantine]:
+def open_mark(fd: int) -> tuple[Mark, Quarantine]:
     """Raises OSError or ValueError if this is no memory."""
     if os.fstat(fd).st_size < MARK_SIZE:  # new, or of a core of older code
         os.ftruncate(fd, MARK_SIZE)

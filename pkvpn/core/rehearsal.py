@@ -5,11 +5,13 @@ and users of its own hears an edge that is played by us: two clients log in and 
 then its successor hears of them from that edge, and of somebody new.
 """
 
+from __future__ import annotations
+
 import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from pkvpn import channel
 from pkvpn.channel import (
@@ -28,7 +30,9 @@ from pkvpn.core.accounts import Accounts, HubRecord, UserRecord
 from pkvpn.protocol import http
 from pkvpn.protocol.errors import ProtocolError
 from pkvpn.protocol.messages import AuthType, Login
-from pkvpn.watchdog.child import Child
+
+if TYPE_CHECKING:
+    from pkvpn.watchdog.child import Child
 
 M = TypeVar("M")
 

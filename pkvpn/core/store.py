@@ -393,13 +393,15 @@ def _check_proof(name: str, auth: str, password: bytes, certificate: bytes) -> N
 def _create_private(path: str) -> bool:
     """Make an empty file for its owner only, unless it exists; SQLite's others get its mode."""
     try:
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
     except FileExistsError:
         return False
     return True
 
 
 def _sync_directory(path: str) -> None:
+    if os.name == "nt":
+        return  # Windows opens no directories
     directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(directory)
@@ -440,12 +442,11 @@ def session_secret(state_dir: str) -> bytes:
 
 def _make_secret(path: Path) -> None:
     new = path.with_name(f"{path.name}.{os.getpid()}")
-    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    try:
-        os.write(fd, secrets.token_bytes(SECRET_SIZE))
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    # Through a file: as bytes that nobody translates, on Windows either.
+    with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        file.write(secrets.token_bytes(SECRET_SIZE))
+        file.flush()
+        os.fsync(file.fileno())
     try:
         # A link, not a rename: of two processes that start at once the first one's secret counts.
         with contextlib.suppress(FileExistsError):

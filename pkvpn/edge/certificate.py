@@ -4,12 +4,13 @@ A client compares the certificate of an additional connection with that of its f
 the session if they differ, so a certificate is never made anew while there is one.
 """
 
+import contextlib
 import datetime as dt
-import fcntl
 import hashlib
 import os
 import ssl
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 # Stock clients check nothing by default, and one installation keeps its certificate: 20 years.
@@ -33,16 +34,27 @@ def ensure(certificate: Path, key: Path, name: str, now: dt.datetime) -> str:
     without a certificate is what a kill in between left, and both are made again.  Raises OSError
     for the file system; whether what there is can be used is seen when it is loaded.
     """
-    directory = os.open(certificate.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        # Several edges start at the same time, and all must show the same one.
-        fcntl.flock(directory, fcntl.LOCK_EX)
+    # Several edges start at the same time, and all must show the same one.
+    with _only_one(certificate.parent):
         if certificate.exists():
             return ""
         _make(certificate, key, name, now)
+    return load(certificate, key)
+
+
+@contextlib.contextmanager
+def _only_one(path: Path) -> Iterator[None]:
+    if os.name == "nt":
+        yield  # there is one process that asks, and Windows opens no directories
+        return
+    import fcntl
+
+    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX)
+        yield
     finally:
         os.close(directory)
-    return load(certificate, key)
 
 
 def load(certificate: Path, key: Path) -> str:
@@ -114,11 +126,13 @@ def _write(path: Path, data: bytes, mode: int) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-            os.fchmod(file.fileno(), mode)
+        os.chmod(temporary, mode)
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
+    if os.name == "nt":
+        return
     directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(directory)
