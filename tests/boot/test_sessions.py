@@ -142,6 +142,9 @@ DEEDS: dict[str, Callable[[Machine], object]] = {
     **{f"kill -9 of {name}": kill(name) for name in sorted(CHILDREN)},
     "kill -9 of the watchdog": kill("watchdog"),
     "killall -9": lambda machine: machine.do("killall", "-KILL", "vpnserver"),
+    "systemctl kill -9": lambda machine: machine.do(
+        "systemctl", "kill", "--signal=KILL", "vpnserver"
+    ),
 }
 
 
@@ -149,7 +152,7 @@ def do(machine: Machine, deed: str) -> None:
     """Until everything is as it was before."""
     before = machine.watchdog()
     DEEDS[deed](machine)
-    again = any(word in deed for word in ("restart", "watchdog", "killall"))
+    again = any(word in deed for word in ("restart", "watchdog", "killall", "systemctl kill"))
     wait_whole(machine, after=before if again else 0)
 
 
@@ -187,9 +190,12 @@ def test_clients_keep_their_sessions_and_no_frame_is_lost(machine: Machine) -> N
         assert [client.established_sessions() for client in clients] == [1, 1]
 
 
-def test_after_a_stop_nothing_is_kept(machine: Machine) -> None:
+@pytest.mark.parametrize("verb", ["stop", "kill"])
+def test_after_an_end_nothing_is_kept(machine: Machine, verb: str) -> None:
+    """Asked for by systemd's own stop, or by a TERM of its to everybody at once."""
     with visiting(machine) as visit:
-        machine.do("systemctl", "stop", "vpnserver")
+        machine.do("systemctl", verb, "vpnserver")
+        eventually(lambda: machine.show("ActiveState") == "inactive", within=10.0)
         assert machine.show("NFileDescriptorStore") == "0"
         machine.do("systemctl", "start", "vpnserver")
         wait_whole(machine)
@@ -202,3 +208,14 @@ def test_a_connection_that_has_ended_is_not_kept(machine: Machine) -> None:
         visit.end()
         # The canary comes and goes.
         eventually(lambda: len(given(machine)) == 0, within=20.0)
+
+
+def test_the_journal_has_priorities(machine: Machine) -> None:
+    def errors() -> str:
+        return machine.do("journalctl", "--unit=vpnserver", "--priority=err", "--output=cat").stdout
+
+    machine.vpnserver("bridge", "add", "T", "tap1")
+    machine.do("ip", "link", "del", "tap1")
+    eventually(lambda: "bridge tap1" in errors())
+    assert "made a certificate" in machine.journal()
+    assert "made a certificate" not in errors()
