@@ -360,6 +360,9 @@ class Edge:
         self._look = child.duty("look")
         self._hear = child.duty("hear")
         self._heard = 0  # of it, at the last tick
+        # Frames of the core, and who has yet to get them, the next one last.
+        self._blocks, self._blocks_count = memoryview(b""), 0
+        self._without: list[int] = []
         self._epoll = select.epoll()
         self._epoll.register(child.fileno(), select.EPOLLIN)
         self._epoll.register(self._control, select.EPOLLIN)
@@ -445,7 +448,7 @@ class Edge:
     def _adopt_all(self, first: list[int]) -> Chore:
         """What cannot wait: who has something to do, and that the others can be woken."""
         began, found = time.monotonic(), len(self._sleeping)
-        for conn in first:
+        for conn in first[:_ADOPTED_PER_TICK]:
             self._go_on(self._wake(conn))
             yield False
         # From here on an event wakes its connection.
@@ -458,6 +461,10 @@ class Edge:
                 except OSError:
                     self._find(conn)  # it is no socket, and will say so
                 yield False
+        # Many, if the predecessor died over a broadcast: those who say something come before them.
+        for conn in first[_ADOPTED_PER_TICK:]:
+            self._go_on(self._wake(conn))
+            yield False
         self._urgent = False
         # No slot tells of these: they died in their handshakes, or their slots made no sense.
         known = {_key(conn) for conn in self._sleeping}
@@ -628,7 +635,11 @@ class Edge:
                     if not (making_way and self._can_be_left(peer)):
                         self._close(peer, "service stops")
                 self._flush_touched()
-            if making_way and all(peer.given for peer in self._peers.values()):
+            if (
+                making_way
+                and not self._without
+                and all(peer.given for peer in self._peers.values())
+            ):
                 return
         for peer in list(self._peers.values()):
             if not (making_way and peer.given and self._can_be_left(peer)):
@@ -636,7 +647,7 @@ class Edge:
 
     def turn(self, timeout: float) -> None:
         """Wait for ``timeout`` seconds at most, serve what there is, send what came of it."""
-        events = dict(self._epoll.poll(timeout))
+        events = dict(self._epoll.poll(0.0 if self._without else timeout))
         self.now = time.monotonic()
         self._serve(events)
         self._flush_touched()
@@ -673,12 +684,15 @@ class Edge:
         if self._control.fileno() in events:
             self._drain_backlog()
             self._read_control()
-        if self._frames.fileno() in events:
+        if self._without or self._frames.fileno() in events:
             self._read_frames()
         shaking, calling = [], []
+        until = time.monotonic() + _CONTROL_TIME
         for fd, event in events.items():
             peer = self._by_fd.get(fd)
             if peer is None and fd in self._asleep_at:
+                if time.monotonic() > until:
+                    continue  # it comes again with the next turn
                 peer = self._find(self._asleep_at[fd])
             if peer is None:
                 if fd in self._listeners:
@@ -895,10 +909,11 @@ class Edge:
 
     def _report_counts(self, peer: Peer, connection: Connection) -> None:
         counts = connection.counts()
-        changed = self._counted.get(peer.conn) != counts
+        before = self._counted.get(peer.conn)
         if connection.slot is not None:
-            connection.slot.set_busy(changed)
-        if changed:
+            # Not whoever got a broadcast, which is everybody.
+            connection.slot.set_busy(before is not None and before[0] != counts[0])
+        if before != counts:
             self._counted[peer.conn] = counts
             if connection.slot is not None:
                 connection.slot.save_counts(*counts[:4], *counts[4])
@@ -1619,7 +1634,10 @@ class Edge:
             self._checkpoint.epoch, self._told_all = self._told_all, 0
 
     def _read_frames(self) -> None:
+        until = time.monotonic() + _CONTROL_TIME
         for _ in range(_FRAMES_PER_TURN):
+            if not self._hand_out(until):
+                return
             try:
                 data = self._frames.recv(channel.MAX_MESSAGE + 1)
             except BlockingIOError:
@@ -1629,20 +1647,38 @@ class Edge:
                 message = channel.decode_from_core(data)
                 if not isinstance(message, channel.FramesOut):
                     raise ChannelError(f"{type(message).__name__} on the frames socket")
-                count = channel.count_blocks(message.blocks)
+                self._blocks_count = channel.count_blocks(message.blocks)
             except ChannelError as error:
                 _log.error("frames of the core: %s", error)
                 continue
-            size = len(message.blocks)
-            batch = memoryview(bytearray(b"".join((b"\0\0\0\0", message.blocks, b"\0"))))
-            for conn in message.conns:
-                peer = self._find(conn)
-                if peer is None or peer.connection is None:
-                    self._turn.drops[EdgeDrop.NO_CONNECTION] += count
-                    continue
-                # Each time: who has not room for all of it cuts it.
-                batch[:4] = channel.U32.pack(count)
-                peer.connection.deliver(batch, 0, 4 + size, count, size - 4 * count, self.now)
+            self._blocks = memoryview(bytearray(b"".join((b"\0\0\0\0", message.blocks, b"\0"))))
+            self._without = sorted(message.conns, key=self._is_awake)
+        self._hand_out(until)
+
+    def _hand_out(self, until: float) -> bool:
+        """Give frames of the core to those who are yet without them; whether all have them now.
+
+        First those who are awake.  A broadcast in a large hub wakes thousands of sleepers, and
+        what others have to do does not wait for that: the rest of them get it in later turns.
+        """
+        batch, count = self._blocks, self._blocks_count
+        while self._without:
+            conn = self._without.pop()
+            slept = conn in self._sleeping
+            peer = self._find(conn)
+            if peer is None or peer.connection is None:
+                self._turn.drops[EdgeDrop.NO_CONNECTION] += count
+                continue
+            # Each time: who has not room for all of it cuts it.
+            batch[:4] = channel.U32.pack(count)
+            octets = len(batch) - 5 - 4 * count
+            peer.connection.deliver(batch, 0, len(batch) - 1, count, octets, self.now)
+            if slept and time.monotonic() > until:
+                break
+        return not self._without
+
+    def _is_awake(self, conn: int) -> bool:
+        return conn not in self._sleeping
 
 
 def _key(conn: int) -> bytes:

@@ -590,6 +590,51 @@ def test_a_sleeper_is_woken_by_a_frame_of_the_core_and_by_a_kick(
     assert tree.core.wait_for(channel.Closed) == (a.conn, "kicked")
 
 
+def test_a_broadcast_wakes_sleepers_by_and_by_and_whoever_is_awake_has_it_first(
+    tree: FakeTree, tmp_path: Path
+) -> None:
+    """Thousands of them would be the silence of everybody else."""
+    trace = tmp_path / "trace"
+
+    def slow() -> None:
+        no_chores()
+        main._CONTROL_TIME = 0.0  # one in a turn
+        turn, wake = main.Edge.turn, main.Edge._wake
+
+        def traced_turn(edge: main.Edge, timeout: float) -> None:
+            with trace.open("a") as file:
+                file.write(" ")
+            turn(edge, timeout)
+
+        def traced_wake(edge: main.Edge, conn: int) -> main.Peer | None:
+            with trace.open("a") as file:
+                file.write("w" if conn in edge._sleeping else ".")
+            return wake(edge, conn)
+
+        main.Edge.turn, main.Edge._wake = traced_turn, traced_wake  # type: ignore[method-assign]
+
+    clients = [Client(tree).login() for _ in range(12)]
+    tree.kill()
+    all_asleep(tree)
+    tree.start(slow)
+    awake = clients[0]
+    tree.core.say(channel.FramesOut((awake.conn,), channel.join_blocks([frame(A, B)])))
+    assert awake.read_frames(1) == [frame(A, B)]
+    everybody = frame(b"\xff" * 6, B)
+    # Behind it comes what no sleeper gets before it.
+    last = clients[-1]
+    tree.core.say(
+        channel.FramesOut(tuple(one.conn for one in clients), channel.join_blocks([everybody]))
+    )
+    tree.core.say(channel.FramesOut((last.conn,), channel.join_blocks([frame(A, B)])))
+    for client in clients[:-1]:
+        assert client.read_frames(1) == [everybody]
+    assert last.read_frames(2) == [everybody, frame(A, B)]
+    turns = trace.read_text().split(" ")
+    assert sum(turn.count("w") for turn in turns) == len(clients)
+    assert max(turn.count("w") for turn in turns) == 1
+
+
 def test_sleepers_are_woken_by_their_clients_and_by_time(tree: FakeTree) -> None:
     clients = [Client(tree).login(timeout=2.0) for _ in range(20)]
     tree.kill()
