@@ -57,6 +57,7 @@ _VERBS: Mapping[str, _Verb] = {
     "upgrade": _Verb("service", "go on with the program that is installed now; nobody is cut off"),
     "kill": _Verb("force", "end every process of the service by force, hung or not"),
     "status": _Verb("status", "how the service and each of its processes are"),
+    "health": _Verb("status", "exit code 0 if it serves, else 1: for who asks again and again"),
     "tree": _Verb("status", "the processes of the service, as `ps auxf` prints them"),
     "events": _Verb("evidence", "what happened: starts, deaths, verdicts, stops"),
     "crashes": _Verb("evidence", "crash reports, listed or one shown"),

@@ -87,6 +87,7 @@ def is_restarting(user: bool) -> bool:
 
 def _openrc() -> Manager:
     path = Path("/etc/init.d", NAME)
+    enabled = Path("/etc/runlevels/default", NAME).is_symlink()
     return Manager(
         name="openrc",
         sign=Path("/run/openrc/softlevel"),
@@ -94,8 +95,11 @@ def _openrc() -> Manager:
         files=lambda plan: {path: scripts.openrc(plan)},
         begin=lambda plan: () if plan.manual else (("rc-update", "add", NAME, "default"),),
         start=(("rc-service", NAME, "start"),),
-        end=(("rc-service", NAME, "stop"), ("rc-update", "--all", "delete", NAME)),
-        verbs=_same("rc-service", NAME, start="start", stop="stop", kill="zap"),
+        end=(
+            ("rc-service", NAME, "stop"),
+            *([("rc-update", "delete", NAME, "default")] if enabled else []),
+        ),
+        verbs=_same("rc-service", NAME, start="start", stop="stop", kill="stop"),
         shows=("rc-service", NAME, "status"),
         up="started",
     )
@@ -183,7 +187,7 @@ def _freebsd() -> Manager:
         files=lambda plan: {path: scripts.freebsd(plan)},
         begin=lambda plan: () if plan.manual else (("sysrc", f"{NAME}_enable=YES"),),
         start=(("service", NAME, "onestart"),),
-        end=(("service", NAME, "onestop"), ("sysrc", "-x", f"{NAME}_enable")),
+        end=(("service", NAME, "onestop"), ("sysrc", "-ix", f"{NAME}_enable")),
     )
 
 

@@ -72,9 +72,8 @@ extra_started_commands=reload
 description_reload="Read the configuration file again"
 {exports}
 depend() {{
-    need localmount
-    use net dns logger
-    after firewall
+    use localmount net dns logger
+    after bootmisc firewall
 }}
 
 reload() {{

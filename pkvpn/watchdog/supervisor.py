@@ -1267,6 +1267,7 @@ class Supervisor:
         return {
             "name": self._spec.name,
             "state": self._state(),
+            "good": self._is_good(),
             "watchdog": {
                 "pid": os.getpid(),
                 "uptime": round(now - self._started_at, 3),

@@ -41,7 +41,19 @@ def image_directory() -> Path:
     return Path(known) if known else Path(cache, "pkvpn-images")
 
 
-def image(name: str, packages: Iterable[str]) -> Path:
+# Beside what is there, without a word to dpkg: their own packages would conflict.
+_UNPACK = """
+mkdir /tmp/more
+cd /tmp/more
+apt-get -o APT::Sandbox::User=root download "$@"
+for one in *.deb; do
+    dpkg-deb --fsys-tarfile "$one" | tar -x --skip-old-files -C /
+done
+rm -r /tmp/more
+"""
+
+
+def image(name: str, packages: Iterable[str], unpacked: Iterable[str] = ()) -> Path:
     """The image, made if it is not there yet.  Raises AssertionError with what went wrong."""
     made = image_directory() / name
     if not made.exists():
@@ -52,6 +64,17 @@ def image(name: str, packages: Iterable[str]) -> Path:
                 "debootstrap", "--variant=minbase", f"--include={','.join(packages)}",
                 SUITE, str(root), timeout=_IMAGE_TIMEOUT,
             )  # fmt: skip
+            if unpacked:
+                run(
+                    "chroot",
+                    str(root),
+                    "sh",
+                    "-ec",
+                    _UNPACK,
+                    "sh",
+                    *unpacked,
+                    timeout=_IMAGE_TIMEOUT,
+                )
             shutil.rmtree(root / "var/cache/apt")
             root.rename(made)
     return made
@@ -77,6 +100,7 @@ class Machine:
 
     image: str = IMAGE
     packages: tuple[str, ...] = PACKAGES
+    unpacked: tuple[str, ...] = ()
     init = "systemd"  # what its first process is called
 
     def __init__(self) -> None:
@@ -85,7 +109,7 @@ class Machine:
         self._scratch = tempfile.TemporaryDirectory(
             dir="/dev/shm", prefix="pkvpn-machine-", ignore_cleanup_errors=True
         )
-        root = image(self.image, self.packages)
+        root = image(self.image, self.packages, self.unpacked)
         kept = []
         for name in ("etc", "var"):
             upper = Path(self._scratch.name, name)

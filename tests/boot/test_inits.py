@@ -1,9 +1,10 @@
-"""Service Mode without systemd: the init script on a machine that boots sysvinit."""
+"""Service Mode without systemd, on a machine that boots sysvinit: the init script, and supervisors."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -22,11 +23,12 @@ CHILDREN = {"log", "core", "edge-1", "canary"}
 class SysvMachine(Machine):
     """Debian with sysvinit; the others beside it."""
 
-    image = "bookworm-sysv-1"
+    image = "bookworm-sysv-2"
     packages = (
         "busybox", "initscripts", "insserv", "iproute2", "procps", "psmisc", "python3", "runit",
         "s6", "sysv-rc", "sysvinit-core",
     )  # fmt: skip
+    unpacked = ("libeinfo1", "librc1", "openrc")
     init = "init"
 
     def is_up(self) -> bool:
@@ -117,3 +119,53 @@ def test_it_starts_with_the_machine_and_ends_with_it(machine: SysvMachine) -> No
         machine.do("kill", f"-{signal.SIGKILL}", str(before[name]))
         wait_for_another(machine, name, before[name])
     assert pids(machine)["watchdog"] == before["watchdog"]
+
+
+_SCANNED = "until [ -e /run/service/.s6-svscan ]; do sleep 0.05; done"
+# How each is made to run beside sysvinit, and how it shows what it is to do.
+SUPERVISORS = {
+    "openrc": (
+        "mkdir -p /run/openrc; for one in sysinit boot default; do openrc $one; done",
+        "rc-service vpnserver status",
+    ),
+    "runit": (
+        "mkdir -p /run/runit /etc/service; setsid -f runsvdir -P /etc/service >/dev/null 2>&1",
+        "sv status /etc/sv/vpnserver",
+    ),
+    "s6": (
+        "mkdir -p /run/service; setsid -f s6-svscan /run/service >/dev/null 2>&1; " + _SCANNED,
+        "s6-svstat /etc/s6/vpnserver",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SUPERVISORS)
+def test_a_supervisor_keeps_it_up_until_it_is_to_be_down(name: str, machine: SysvMachine) -> None:
+    begin, show = SUPERVISORS[name]
+    machine.do("sh", "-c", begin)
+
+    def shown() -> str:
+        return machine.do("sh", "-c", show, check=False).stdout
+
+    assert "Started." in machine.vpnserver("install").stdout
+    first = pids(machine)["watchdog"]
+    machine.do("kill", "-KILL", str(first))
+    wait_for_another(machine, "watchdog", first)
+    assert re.search("started|^run|^up", shown())
+
+    second = pids(machine)["watchdog"]
+    machine.vpnserver("reload")
+    machine.vpnserver("restart")
+    assert pids(machine)["watchdog"] != second
+    machine.vpnserver("kill")
+    assert re.search("stopped|^down", shown())
+    machine.vpnserver("start")
+    assert re.search("started|^run|^up", shown())
+    machine.vpnserver("stop")
+    assert re.search("stopped|^down", shown())
+    assert machine.vpnserver("status", check=False).returncode == 3
+
+    machine.vpnserver("install", "--manual")
+    assert machine.vpnserver("status", check=False).returncode == 3
+    assert "Uninstalled." in machine.vpnserver("uninstall").stdout
+    assert "not installed" in machine.vpnserver("uninstall").stdout
