@@ -1,4 +1,4 @@
-"""Service Mode without systemd, on a machine that boots sysvinit: the init script, and supervisors."""
+"""Service Mode without systemd: the init script of a booted sysvinit, and supervisors beside it."""
 
 from __future__ import annotations
 
