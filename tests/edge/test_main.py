@@ -611,7 +611,8 @@ def test_a_broadcast_wakes_sleepers_by_and_by_and_whoever_is_awake_has_it_first(
                 file.write("w" if conn in edge._sleeping else ".")
             return wake(edge, conn)
 
-        main.Edge.turn, main.Edge._wake = traced_turn, traced_wake  # type: ignore[method-assign]
+        main.Edge.turn = traced_turn  # type: ignore[assignment, method-assign]
+        main.Edge._wake = traced_wake  # type: ignore[assignment, method-assign]
 
     clients = [Client(tree).login() for _ in range(12)]
     tree.kill()
