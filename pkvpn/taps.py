@@ -1,7 +1,8 @@
 """The TAP devices of local bridges: opened once by the watchdog, held for every core.
 
 Strategy: each device for itself.  What the system refuses is remembered with its reason and tried
-again at the next reload; it keeps neither the service nor the other bridges from running.
+again at the next reload, and so is what somebody has deleted; neither keeps the service or the
+other bridges from running.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import functools
 from collections.abc import Iterable
 
 from pkvpn.core.accounts import BridgeRecord
-from pkvpn.core.bridge import BridgeError, open_tap
+from pkvpn.core.bridge import BridgeError, is_deleted, open_tap
 from pkvpn.watchdog.spec import HeldSpec
 
 
@@ -30,7 +31,10 @@ class Taps:
         wanted = {bridge.device: bridge.linux_bridge for bridge in bridges}
         for device in set(self._open) - set(wanted):
             del self._open[device]
-        for device in self._refused:
+        gone = [device for device, fd in self._open.items() if is_deleted(fd)]
+        for device in gone:
+            del self._open[device]
+        for device in (*self._refused, *gone):
             self._attempts[device] = self._attempts.get(device, 0) + 1  # it is tried again
         return [
             HeldSpec(

@@ -13,6 +13,7 @@ import subprocess
 import sys
 
 _TUNSETIFF = 0x400454CA
+_TUNGETIFF = 0x800454D2
 _IFF_TAP = 0x0002
 _IFF_NO_PI = 0x1000  # frames without the four bytes of packet information
 _SIOCGIFFLAGS = 0x8913
@@ -56,6 +57,17 @@ def open_tap(name: str, bridge: str | None = None, opened: int | None = None) ->
         os.close(fd)
         raise
     return fd
+
+
+def is_deleted(fd: int) -> bool:
+    """Whether somebody has deleted the device of this descriptor, which is of no use then."""
+    import fcntl  # see `_open`
+
+    try:
+        fcntl.ioctl(fd, _TUNGETIFF, bytes(_IFREQ.size))
+    except OSError as error:
+        return error.errno == errno.EBADFD
+    return False
 
 
 def _open(name: str) -> int:

@@ -100,6 +100,40 @@ def test_a_real_device_is_opened_set_up_and_refused_by_name() -> None:
     assert done.returncode == 0, done.stderr
 
 
+_DELETED = """
+import os, subprocess
+from pkvpn.core.accounts import BridgeRecord
+from pkvpn.core.bridge import is_deleted
+from pkvpn.taps import Taps
+
+taps, bridges = Taps(), [BridgeRecord("tapx", 1, "")]
+(held,) = taps.held(bridges)
+(fd,) = held.open()
+assert not is_deleted(fd)
+assert taps.held(bridges) == [held], "a reload opened anew what is well"
+subprocess.run(["ip", "link", "del", "tapx"], check=True)
+assert is_deleted(fd)
+(again,) = taps.held(bridges)
+assert again != held, "it is not opened anew"
+(new,) = again.open()
+os.close(fd)
+assert not is_deleted(new)
+assert not taps.refused()
+subprocess.run(["ip", "link", "show", "tapx"], check=True)
+assert taps.held(bridges) == [again]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.root
+@pytest.mark.netns
+def test_a_device_that_was_deleted_is_made_again_by_a_reload() -> None:
+    done = subprocess.run(
+        ["unshare", "--net", sys.executable, "-c", _DELETED], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_system_without_taps_is_an_error_that_names_the_device(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
