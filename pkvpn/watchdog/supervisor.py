@@ -326,7 +326,7 @@ class Supervisor:
             self._contain(slot, lambda: self._hear_standby(slot, priority, now), now)
         elif incarnation in self._dismissed:
             if priority == _DEATHS:
-                self._bury(incarnation)
+                self._contain(slot, lambda: self._on_dismissed(slot, incarnation, now), now)
             else:
                 self._selector.unregister(key.fd)
         elif incarnation is not slot.alive:
@@ -974,6 +974,13 @@ class Supervisor:
         if standby is not None:
             self._dismissed.add(standby)
             standby.signal(signal.SIGKILL)
+
+    def _on_dismissed(self, slot: Slot, standby: Incarnation, now: float) -> None:
+        asked = standby.was_asked_to_end()  # in the moment of its dismissal
+        self._bury(standby)
+        if asked and not self._tree.stopping:
+            self._entry("stop-asked", by=slot.name)
+            self._stop(now)
 
     def _bury(self, incarnation: Incarnation) -> None:
         self._dismissed.discard(incarnation)

@@ -7,6 +7,7 @@ import signal
 import socket
 import threading
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,30 @@ def test_term_to_it_ends_the_service(tmp_path: Path) -> None:
         assert tree.wait_end() == 0
         assert tree.journal("stop-asked", by="one")
         assert tree.holders() == []
+
+
+def absent(marker: Path, child: Child) -> None:
+    """Cannot pass on what it is told while it stands by."""
+    if child.standing_by:
+        marker.touch()
+        sum(range(10**12))
+    impatient(child)
+
+
+def test_term_to_one_that_is_dismissed_ends_the_service(tmp_path: Path) -> None:
+    marker = tmp_path / "absent"
+    with running(tmp_path, spec_in(tmp_path, one(target=partial(absent, marker)))) as tree:
+        eventually(marker.exists)
+        pid = tree.child("one")["standby"]
+        os.kill(pid, signal.SIGTERM)
+        eventually(lambda: "ShdPnd:\t0000000000000000" in procfs_status(pid))
+        tree.ask("reload")
+        assert tree.wait_end() == 0
+        assert tree.journal("stop-asked", by="one")
+
+
+def procfs_status(pid: int) -> str:
+    return Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
 
 
 def test_quit_to_it_gives_its_stacks(tmp_path: Path) -> None:
