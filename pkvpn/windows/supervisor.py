@@ -22,6 +22,7 @@ import random
 import selectors
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -245,6 +246,8 @@ class Supervisor:
         for one in (self._wake, self._waker):
             one.setblocking(False)
         self._selector.register(self._wake, selectors.EVENT_READ, self._on_wake)
+        if threading.current_thread() is not threading.main_thread():
+            return  # of a service: it has no console, and Python takes signals in that thread only
         for number in END_SIGNALS:
             signal.signal(number, lambda _number, _frame: None)
         signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)

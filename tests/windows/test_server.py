@@ -24,6 +24,11 @@ TO_A = A + B + b"\x88\xb5" + bytes(46)
 TO_B = B + A + b"\x88\xb5" + bytes(46)
 
 
+def pkvpn(directory: Path) -> tuple[str, ...]:
+    """The beginning of a command line."""
+    return "-m", "pkvpn.windows", "--directory", wine.windows_path(directory)
+
+
 class Server:
     """One that serves."""
 
@@ -31,19 +36,15 @@ class Server:
         self.directory = directory
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
-        self.process = wine.start(
-            "-m", "pkvpn.windows", wine.windows_path(directory), "run", f"127.0.0.1:{self.port}"
-        )
+        self.process = wine.start(*pkvpn(directory), "/run", f"127.0.0.1:{self.port}")
         assert self.process.stdout is not None
         self.told = json.loads(self.process.stdout.readline())
 
     def ask(self, *words: str) -> Any:
-        return json.loads(
-            wine.run("-m", "pkvpn.windows", wine.windows_path(self.directory), *words)
-        )
+        return json.loads(wine.run(*pkvpn(self.directory), *words))
 
     def child(self) -> dict[str, Any]:
-        (child,) = self.ask("status")["children"]
+        (child,) = self.ask("/status")["children"]
         assert isinstance(child, dict)
         return child
 
@@ -52,7 +53,7 @@ class Server:
 
     def close(self) -> None:
         try:
-            self.ask("stop")
+            self.ask("/end")
             assert self.process.wait(15) == 0
         finally:
             self.process.kill()
@@ -67,10 +68,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = Server(tmp_path_factory.mktemp("server"))
     try:
         assert server.told.get("ready"), server.told
-        server.ask("admin", "hub.add", '{"name": "office"}')
+        server.ask("/admin", "hub.add", '{"name": "office"}')
         for name in ("ann", "bob"):
             words = {"hub": "office", "name": name, "auth": "password", "password": "pw"}
-            server.ask("admin", "user.add", json.dumps(words))
+            server.ask("/admin", "user.add", json.dumps(words))
         yield server
     finally:
         server.close()
@@ -92,7 +93,7 @@ def test_frames_go_both_ways_and_sessions_survive_a_kill_by_their_keys(server: S
                 assert TO_B in bob.receive(2)
 
         speak()
-        assert len(server.ask("admin", "session.list")) == 2
+        assert len(server.ask("/admin", "session.list")) == 2
         before = server.child()
         assert before["duties"]["forward"]["done"] > 0
         wine.run("-m", "tests.windows.tree", "kill", str(before["pid"]))
@@ -131,14 +132,13 @@ def test_ports_that_are_refused_are_named_and_the_others_serve(tmp_path: Path) -
         ports = [taken.getsockname()[1], free.getsockname()[1]]
         free.close()
         process = wine.start(
-            "-m", "pkvpn.windows", wine.windows_path(tmp_path), "run",
-            *(f"127.0.0.1:{port}" for port in ports),
+            *pkvpn(tmp_path), "/run", *(f"127.0.0.1:{port}" for port in ports),
         )  # fmt: skip
         try:
             assert process.stdout is not None
             told = json.loads(process.stdout.readline())
             states = {one["port"]: one["state"] for one in told["listeners"]}
-            wine.run("-m", "pkvpn.windows", wine.windows_path(tmp_path), "stop")
+            wine.run(*pkvpn(tmp_path), "/end")
             process.communicate(timeout=15)
         except subprocess.TimeoutExpired:
             process.kill()
