@@ -1275,6 +1275,7 @@ class Edge:
             connection.save()
         checkpoint.mark(0, 0)
         if not connection.touched:  # else it is flushed at the end of the turn, which looks again
+            self._note_empty(connection)
             self._watch_connection(peer)
 
     def _ask_in_turn(self, peer: Peer, connection: Connection) -> None:
@@ -1353,9 +1354,15 @@ class Edge:
             if connection.closing:
                 self._shut(peer)
                 return
-            if connection.slot is not None and connection.rx.start == connection.rx.end:
-                connection.slot.set_dirty(False)
+            self._note_empty(connection)
         self._watch_connection(peer)
+
+    @staticmethod
+    def _note_empty(connection: Connection) -> None:
+        """Where nothing lies in the rings, a successor has no need to look at once."""
+        rx, tx = connection.rx, connection.tx
+        if connection.slot is not None and rx.start == rx.end and tx.start == tx.end:
+            connection.slot.set_dirty(False)
 
     def _watch_connection(self, peer: Peer) -> None:
         connection = peer.connection

@@ -590,6 +590,23 @@ def test_a_sleeper_is_woken_by_a_frame_of_the_core_and_by_a_kick(
     assert tree.core.wait_for(channel.Closed) == (a.conn, "kicked")
 
 
+def test_who_has_said_something_and_got_no_answer_need_not_be_adopted_at_once(
+    tree: FakeTree, pair: tuple[Client, Client]
+) -> None:
+    """Of thousands of idle clients that would be all who said a keep-alive."""
+
+    def marked() -> int:
+        data = os.pread(tree.checkpoint, 8192, 0)
+        (slots,) = struct.unpack_from("=I", data, 12)
+        return sum(data[4096 + slots : 4096 + 2 * slots])
+
+    a, b = pair
+    for client in (a, b):
+        client.sock.sendall(batch(frame(A, A)))  # no flow
+        assert tree.core.hear_frames() == (client.conn, [frame(A, A)])
+    assert marked() < 2  # the edge may not yet be done with the last of them
+
+
 def test_a_broadcast_wakes_sleepers_by_and_by_and_whoever_is_awake_has_it_first(
     tree: FakeTree, tmp_path: Path
 ) -> None:
